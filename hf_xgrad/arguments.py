@@ -1,0 +1,143 @@
+"""Settings of XGrad, alone and beside those of Transformers."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_xgrad.rules import RULES
+
+# To a type checker the fields below belong to TrainingArguments; at run time they are mixed into them.
+if TYPE_CHECKING:
+    _Arguments = TrainingArguments
+else:
+    _Arguments = object
+
+# Values of `optim` beside those of Transformers.
+EXTRA_OPTIMIZERS = ("adabelief", "adam", "adam3", "nadam", "radam")
+# Their eps stands among squared gradients and is by default 1e-16, where `adam_epsilon` is 1e-8.
+_DEFAULT_EPSILON = TrainingArguments.__dataclass_fields__["adam_epsilon"].default
+_SMALL_EPSILON = ("adabelief", "adam3")
+
+
+@dataclass(frozen=True)
+class XGradConfig:
+    """Settings of the prediction `w_hat_t = w_t - s * lr_t * delta_t`.
+
+    Args:
+        enabled: False trains as if XGrad were not there.
+        steps: `s`, the number of steps predicted ahead; any finite number >= 0. 0 is the plain optimizer.
+        rule: `"closed_form"` reads `delta_t` from the optimizer's state, `"last_update"` repeats the last realised
+            update, `"auto"` takes the closed form where the optimizer's class has one, else the last update.
+        weight_decay: adds decoupled weight decay to the predicted move of a closed form. The paper's code leaves it
+            out; the last update always holds it.
+
+    Raises:
+        ValueError: `steps` or `rule` outside these.
+        TypeError: `steps` is not a number.
+    """
+
+    enabled: bool = True
+    steps: float = 1.0
+    rule: str = "auto"
+    weight_decay: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, (int, float)):
+            raise TypeError(f"xgrad_steps={self.steps!r}: must be a number of steps to predict ahead, such as 1.0")
+        if not math.isfinite(self.steps) or self.steps < 0:
+            raise ValueError(f"xgrad_steps={self.steps}: must be a finite number >= 0; 0 is the plain optimizer")
+        if self.rule not in RULES:
+            raise ValueError(f"xgrad_rule={self.rule!r}: must be one of {', '.join(RULES)}")
+
+    @classmethod
+    def from_args(cls, args: Any) -> XGradConfig:
+        """The settings in the `xgrad*` fields of `args`, and the defaults where it has none."""
+        default = cls()
+        return cls(
+            enabled=getattr(args, "xgrad", default.enabled),
+            steps=getattr(args, "xgrad_steps", default.steps),
+            rule=getattr(args, "xgrad_rule", default.rule),
+            weight_decay=getattr(args, "xgrad_weight_decay", default.weight_decay),
+        )
+
+
+def check_optimizer_name(name: str) -> None:
+    """Raises ValueError, with the names there are, where `optim` is none of them."""
+    known = sorted({*EXTRA_OPTIMIZERS, *(member.value for member in OptimizerNames)})
+    if name in known:
+        return
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(f"optim={name!r}: no such optimizer.{hint} There are: {', '.join(known)}")
+
+
+@dataclass
+class _XGradFields(_Arguments):
+    """The fields that XGrad adds to a class of TrainingArguments; see `XGradConfig` for what they mean."""
+
+    optim: str = field(
+        default=TrainingArguments.default_optim,
+        metadata={
+            "help": "The optimizer: a name of Transformers' OptimizerNames, or one of "
+            f"{', '.join(EXTRA_OPTIMIZERS)}. adabelief and adam3 use an epsilon of 1e-16 unless --adam_epsilon "
+            "differs from its default or --optim_args gives eps."
+        },
+    )
+    xgrad: bool = field(default=True, metadata={"help": "Train on predicted weights (XGrad)."})
+    xgrad_steps: float = field(
+        default=1.0, metadata={"help": "Number of steps predicted ahead (s); 0 is the plain optimizer."}
+    )
+    xgrad_rule: str = field(
+        default="auto",
+        metadata={
+            "help": "Prediction rule: closed_form (from the optimizer's state), last_update (works with any "
+            "optimizer), or auto (closed form where there is one)."
+        },
+    )
+    xgrad_weight_decay: bool = field(
+        default=False, metadata={"help": "Add decoupled weight decay to the predicted move of closed forms."}
+    )
+
+    def __post_init__(self) -> None:
+        XGradConfig.from_args(self)
+        name = getattr(self.optim, "value", self.optim)
+        check_optimizer_name(name)
+        if name not in EXTRA_OPTIMIZERS:
+            super().__post_init__()
+            return
+        # Transformers checks `optim` against its own names; a stand-in passes, and the trainer reads the real one.
+        self.optim = OptimizerNames.ADAMW_TORCH
+        super().__post_init__()
+        self.optim = name
+        if name in _SMALL_EPSILON and self.adam_epsilon == _DEFAULT_EPSILON:
+            self.adam_epsilon = 1e-16
+
+
+@dataclass
+class XGradTrainingArguments(_XGradFields, TrainingArguments):
+    """`transformers.TrainingArguments` with the settings of XGrad.
+
+    Args:
+        xgrad: whether weights are predicted. Default True.
+        xgrad_steps: `s`, steps predicted ahead. Default 1.0.
+        xgrad_rule: `"auto"` (default), `"closed_form"` or `"last_update"`.
+        xgrad_weight_decay: adds decoupled weight decay to the predicted move of closed forms. Default False.
+        optim: beside Transformers' names also `adam`, `adabelief`, `adam3`, `nadam` and `radam`; `optim_args` takes
+            their further settings as `"name=value,name=value"`.
+
+    Everything else is as in `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: a setting that cannot be right, with its name and what it may be.
+    """
+
+
+@dataclass
+class XGradSeq2SeqTrainingArguments(_XGradFields, Seq2SeqTrainingArguments):
+    """`transformers.Seq2SeqTrainingArguments` with the settings of XGrad; see `XGradTrainingArguments`."""

@@ -1,0 +1,602 @@
+"""WeightPredictor: writes the predicted weights, keeps the true ones, and brings them back."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from itertools import chain, repeat
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_xgrad.rules import ClosedForm, Group, State, closed_form_of, last_update, last_update_scale
+
+if TYPE_CHECKING:
+    from hf_xgrad.arguments import XGradConfig
+
+# Elements worked on at a time: bounds the temporaries beside the backup, and keeps them in reach of a cache.
+_CHUNK_ELEMENTS = 2**24
+
+# What cannot be right under any rule, told by what the optimizer (or its class) offers, not by its name.
+_REFUSALS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("fused_backward",),
+        "updates the weights inside backward, so that the predicted weights would be updated instead of the true ones",
+    ),
+    (
+        ("optimizer_dict",),
+        "is layer-wise: it updates each weight inside backward, so that the predicted weights would be updated "
+        "instead of the true ones",
+    ),
+    (
+        ("train", "eval"),
+        "switches its weights between training and evaluation (Schedule-Free): it already trains at an extrapolated "
+        "point",
+    ),
+)
+
+
+def refusal(optimizer: Optimizer | type) -> str | None:
+    """Why weights cannot be predicted for `optimizer` (an instance or a class); None where they can."""
+    name = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+    for attributes, reason in _REFUSALS:
+        if all(hasattr(optimizer, attribute) for attribute in attributes):
+            return f"{name} {reason}"
+    return None
+
+
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer behind wrappers that only pass through, such as Accelerate's.
+
+    A wrapper passes through if its state and its groups *are* those of the optimizer inside; one with a state of its
+    own steps by a rule of its own.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    if (
+        isinstance(inner, Optimizer)
+        and inner.state is optimizer.state
+        and inner.param_groups is optimizer.param_groups
+    ):
+        return unwrap_optimizer(inner)
+    return optimizer
+
+
+def check_optimizer(optimizer: Optimizer, config: XGradConfig) -> None:
+    """Raises ValueError, with the cause and the way out, where `optimizer` cannot be predicted under `config`."""
+    optimizer = unwrap_optimizer(optimizer)
+    reason = refusal(optimizer)
+    if reason is not None:
+        raise ValueError(f"XGrad: {reason}. Choose another optimizer, or switch XGrad off (xgrad=False).")
+    for group in optimizer.param_groups:
+        _form(type(optimizer), group, config.rule)
+        if any(hasattr(p, "to_local") for p in group["params"]):
+            raise ValueError(
+                "XGrad: sharded parameters (DTensor) are not supported yet. Train with DDP or on one device, or "
+                "switch XGrad off (xgrad=False)."
+            )
+
+
+def _form(optimizer_class: type, group: Group, rule: str) -> ClosedForm | None:
+    """The closed form that `rule` gives a group of an optimizer of exactly this class; None for the universal rule."""
+    if rule == "last_update":
+        return None
+    form = closed_form_of(optimizer_class)
+    if form is None:
+        obstacle: str | None = f"{optimizer_class.__name__} has none"
+    elif any(p.is_complex() for p in group["params"]):
+        obstacle = "complex parameters have none"
+    else:
+        obstacle = form.obstacle(group)
+    if obstacle is None:
+        return form
+    if rule == "closed_form":
+        raise ValueError(
+            f"XGrad: xgrad_rule='closed_form' asks for a closed form, but {obstacle}. Use 'auto' or 'last_update'."
+        )
+    return None
+
+
+class _Holds(Enum):
+    """What the backup tensors of parameters under the universal rule hold."""
+
+    NOTHING = "nothing"  # nothing that a prediction could start from
+    PREVIOUS = "previous"  # w_{t-1}: a step was realised since
+    PREDICTED = "predicted"  # w_hat_t: the window of w_t is still open
+
+
+class _Chunk(NamedTuple):
+    """Parameters of one group, on one device and of one dtype, that one sequence of kernels serves."""
+
+    params: list[Tensor]
+    backups: list[Tensor]
+    states: list[State]
+    group: Group
+    form: ClosedForm | None
+    scale: float | Tensor  # of the closed form's direction, or of the last update
+
+
+class WeightPredictor:
+    r"""Runs forward and backward on the weights that an optimizer is heading for.
+
+        w_hat_t = w_t - s * lr_t * delta_t                              (closed form)
+        w_hat_t = w_t + s * (lr_t / lr_{t-1}) * (w_t - w_{t-1})         (last update)
+
+    `predict` writes `w_hat_t` into the parameters, `restore` brings `w_t` back bit for bit, by copying. Between two
+    realised steps every `predict` writes the same weights, so that all micro-batches of one accumulation window see
+    them. Parameters keep their storage; the optimizer's state and groups are only read. Beside the temporaries of one
+    chunk, the predictor holds one copy of the weights that it moves, allocated once.
+
+    Args:
+        optimizer: the optimizer `w` is stepped by: any `torch.optim.Optimizer`, bare or prepared by Accelerate.
+        config: `s` is `config.steps`, the rule `config.rule`.
+
+    Raises:
+        TypeError: `optimizer` is not a `torch.optim.Optimizer`.
+        ValueError: an optimizer for which no prediction can be right, sharded parameters, or `rule="closed_form"`
+            where there is none.
+
+    Example:
+        >>> import torch
+        >>> from hf_xgrad import WeightPredictor, XGradConfig
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
+        >>> for batch in torch.ones(3, 4, 2):
+        ...     with predictor.predicted():
+        ...         loss = model(batch).square().mean()
+        ...         loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+
+    Source: Guan et al., "XGrad: Boosting Gradient-Based Optimizers With Weight Prediction", arXiv 2305.18240.
+    """
+
+    def __init__(self, optimizer: Optimizer, config: XGradConfig) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"WeightPredictor: `optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        self.optimizer = unwrap_optimizer(optimizer)
+        self.config = config
+        self._active = config.enabled and config.steps != 0
+        self._inside = False
+        self._backups: dict[Tensor, Tensor] = {}
+        self._moved: list[_Chunk] = []  # chunks that hold predicted weights right now
+        self._window: list[_Chunk] = []  # chunks that were predicted since the last realised step
+        self._holds = _Holds.NOTHING
+        self._previous_lrs: list[Any] = []
+        self._predictions = 0
+        self._warned = False
+        self._measuring = False
+        self._moves: list[list[Tensor]] = []
+        self._measured: list[Tensor] | None = None
+        if not self._active:
+            return
+        check_optimizer(self.optimizer, config)
+        self._warn_of_rounding()
+        self._attach()
+
+    def _warn_of_rounding(self) -> None:
+        low = {p.dtype for group in self._universal_groups() for p in group["params"] if _is_low_precision(p)}
+        if low:
+            names = ", ".join(sorted(str(dtype) for dtype in low))
+            warnings.warn(
+                f"XGrad: the last update of weights kept in {names} is mostly rounding, and a prediction from it says "
+                "little. Load the model in float32 (dtype=torch.float32) and train with --bf16 or --fp16 instead.",
+                stacklevel=3,
+            )
+
+    def _attach(self) -> None:
+        """Listens for realised steps.
+
+        Only the optimizer itself knows them: a GradScaler skips some, an accumulating loop calls `step` on a wrapper
+        that does nothing, and neither leaves a trace in a gradient.
+        """
+        reference = weakref.ref(self)
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            predictor = reference()
+            if predictor is not None:
+                predictor._before_step()
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            predictor = reference()
+            if predictor is not None:
+                predictor._after_step()
+
+        handles = (
+            self.optimizer.register_step_pre_hook(before),
+            self.optimizer.register_step_post_hook(after),
+        )
+        weakref.finalize(self, _remove_all, handles)
+
+    # ---- predict and restore ----
+
+    @property
+    def is_predicted(self) -> bool:
+        """True between `predict` and `restore`."""
+        return self._inside
+
+    def predicted(self) -> _Predicted:
+        """Context manager: predicted weights inside, the true ones again on every way out.
+
+        Raises:
+            RuntimeError: on entering it twice (predicting from predicted weights).
+        """
+        return _Predicted(self)
+
+    @torch.no_grad()
+    def predict(self) -> None:
+        """Writes the predicted weights into the parameters.
+
+        Does nothing to a parameter for which the optimizer has no state yet, nor with `steps=0` or `enabled=False`.
+
+        Raises:
+            RuntimeError: the weights are predicted already.
+        """
+        if self._inside:
+            raise RuntimeError(
+                "WeightPredictor: the weights are predicted already; call restore() (or leave predicted()) first"
+            )
+        try:
+            self._inside = True
+            if self._active:
+                self._write()
+        except BaseException:
+            self.restore()
+            raise
+
+    def _write(self) -> None:
+        # Until the window is complete the universal rule's memory is neither the one thing nor the other: should an
+        # interrupt end this half way, nothing is predicted from it.
+        held, self._holds = self._holds, _Holds.NOTHING
+        lost = _LostShare() if self._checks_precision() else None
+        self._window = []
+        for chunk in self._chunks(universal=held is not _Holds.NOTHING):
+            if chunk.form is None and held is _Holds.PREDICTED:
+                # The window is still open: the weights predicted for its first micro-batch serve the others too.
+                predicted = torch._foreach_mul(chunk.backups, 1)
+                torch._foreach_copy_(chunk.backups, chunk.params)
+                self._moved.append(chunk)
+                torch._foreach_copy_(chunk.params, predicted)
+            else:
+                moves = self._move(chunk)
+                torch._foreach_copy_(chunk.backups, chunk.params)
+                self._moved.append(chunk)
+                torch._foreach_add_(chunk.params, moves)
+                if lost is not None:
+                    lost.add(chunk, moves)
+            self._window.append(chunk)
+        self._holds = held
+        if self._moved:
+            self._predictions += 1
+            # Autocast keeps low-precision copies of the weights it has seen; they are of the true ones.
+            torch.clear_autocast_cache()
+        if lost is not None:
+            self._warn_if_lost(lost)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Brings the true weights back, bit for bit; does nothing where they are already there."""
+        held, self._holds = self._holds, _Holds.NOTHING
+        complete = held is not _Holds.NOTHING
+        if self._moved:
+            torch.clear_autocast_cache()
+        while self._moved:
+            chunk = self._moved[-1]
+            keeps_prediction = chunk.form is None and complete
+            predicted = torch._foreach_mul(chunk.params, 1) if keeps_prediction else None
+            torch._foreach_copy_(chunk.params, chunk.backups)
+            # From here on the chunk's backup may be overwritten: should an interrupt come now, a second restore must
+            # not copy from it.
+            self._moved.pop()
+            if predicted is not None:
+                torch._foreach_copy_(chunk.backups, predicted)
+                held = _Holds.PREDICTED
+        self._inside = False
+        self._holds = held
+
+    def _chunks(self, *, universal: bool) -> Iterator[_Chunk]:
+        """Parameters that a prediction can be made for, with their backups, a chunk at a time."""
+        # A group that was added since the last step has no learning rate of it: nothing to repeat.
+        previous_lrs = chain(self._previous_lrs, repeat(0.0))
+        for group, previous_lr in zip(self.optimizer.param_groups, previous_lrs, strict=False):
+            form = self._form(group)
+            if form is None:
+                scale = last_update_scale(self.config.steps, group.get("lr"), previous_lr) if universal else 0.0
+                if not isinstance(scale, Tensor) and scale == 0.0:
+                    continue
+            else:
+                scale = -self.config.steps * _scalar(group["lr"])
+            by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for p in group["params"]:
+                if self._is_under_way(p, form):
+                    by_kind.setdefault((p.device, p.dtype), []).append(p)
+            for params in by_kind.values():
+                for part in _split(params):
+                    states = [self.optimizer.state[p] for p in part] if form is not None else []
+                    yield _Chunk(part, [self._backup(p) for p in part], states, group, form, scale)
+
+    def _is_under_way(self, p: Tensor, form: ClosedForm | None) -> bool:
+        # The optimizer's state tells, never the gradient: that is None when a step begins. A frozen weight may still
+        # have a state from before it was frozen.
+        if not p.requires_grad:
+            return False
+        return bool(self.optimizer.state.get(p)) if form is not None else p in self._backups
+
+    def _move(self, chunk: _Chunk) -> list[Tensor]:
+        """`w_hat_t - w_t` of a chunk whose parameters are `w_t`."""
+        if chunk.form is None:
+            return last_update(chunk.params, chunk.backups, chunk.scale)
+        moves = chunk.form.direction(chunk.params, chunk.states, chunk.group)
+        torch._foreach_mul_(moves, chunk.scale)
+        if self.config.weight_decay and chunk.form.decay is not None:
+            share = -self.config.steps * _scalar(chunk.form.decay(chunk.group))
+            torch._foreach_add_(moves, torch._foreach_mul(chunk.params, share))
+        return moves
+
+    def _form(self, group: Group) -> ClosedForm | None:
+        """The closed form that `group` is predicted by; None for the universal rule."""
+        return _form(type(self.optimizer), group, self.config.rule)
+
+    def _universal_groups(self) -> list[Group]:
+        return [group for group in self.optimizer.param_groups if self._form(group) is None]
+
+    def _backup(self, p: Tensor) -> Tensor:
+        backup = self._backups.get(p)
+        if backup is None:
+            backup = self._backups[p] = torch.empty_like(p, requires_grad=False)
+        return backup
+
+    # ---- realised steps ----
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        if self._moved:
+            raise RuntimeError(
+                "WeightPredictor: optimizer.step() on predicted weights; leave predicted() (or call restore()) first"
+            )
+        if self._measuring:
+            self._moves = [self._move_once_more(chunk) for chunk in self._window]
+        self._holds = _Holds.NOTHING
+        groups = self._universal_groups()
+        for group in groups:
+            # Not a weight that was never trained; but one frozen since stands still, and its backup must say so.
+            params = [p for p in group["params"] if p.requires_grad or p in self._backups]
+            if params:
+                torch._foreach_copy_([self._backup(p) for p in params], params)
+        self._previous_lrs = [_value(group.get("lr")) for group in self.optimizer.param_groups] if groups else []
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        if self._measuring:
+            self._measured = [
+                _compare(moves, list(torch._foreach_sub(chunk.params, chunk.backups)), chunk.backups)
+                for moves, chunk in zip(self._moves, self._window, strict=True)
+            ]
+            self._moves, self._measuring = [], False
+        self._window = []
+        self._holds = _Holds.PREVIOUS if self._previous_lrs else _Holds.NOTHING
+
+    # ---- diagnostics ----
+
+    def measure(self) -> None:
+        """Compares the prediction of the coming step with the step; `diagnostics` then has the result."""
+        self._measuring = self._active
+
+    def diagnostics(self) -> dict[str, float]:
+        """Result of the last measured step, once; empty where none was measured since.
+
+        `relative_norm` is `|w_hat_t - w_t| / |w_t|` over all predicted weights, `cosine` that of the angle between
+        `w_hat_t - w_t` and `w_{t+1} - w_t` (missing where either is zero), `active` 1.0 where weights were moved.
+        """
+        measured, self._measured = self._measured, None
+        if measured is None:
+            return {}
+        sums = torch.stack([m.cpu() for m in measured]).sum(0).tolist() if measured else [0.0] * 4
+        dot, move, update, weight = sums
+        result = {"active": float(move > 0), "relative_norm": (move / weight) ** 0.5 if weight > 0 else 0.0}
+        if move > 0 and update > 0:
+            result["cosine"] = dot / (move * update) ** 0.5
+        return result
+
+    def _move_once_more(self, chunk: _Chunk) -> list[Tensor]:
+        """The move of this window, from weights that are true again."""
+        if chunk.form is not None:
+            return self._move(chunk)
+        return list(torch._foreach_sub(chunk.backups, chunk.params))
+
+    def _checks_precision(self) -> bool:
+        """True at the 1st, 2nd, 4th, 8th... prediction: warm-up moves too little to judge by the first alone."""
+        return not self._warned and self._predictions & (self._predictions + 1) == 0
+
+    def _warn_if_lost(self, lost: _LostShare) -> None:
+        share = lost.share()
+        if share > 0.5:
+            self._warned = True
+            warnings.warn(
+                f"XGrad: {share:.0%} of the predicted moves are smaller than the resolution of the {lost.dtypes} "
+                "weights and are lost. Load the model in float32 (dtype=torch.float32) and train with --bf16 or "
+                "--fp16 instead.",
+                stacklevel=4,
+            )
+
+    # ---- checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the optimizer's state; empty where that is all (closed forms).
+
+        Returns:
+            `{"holds": "previous" | "predicted", "lrs": [lr_{t-1} per group], "weights": {"<group>.<index>": tensor}}`
+
+        Raises:
+            RuntimeError: inside a prediction.
+        """
+        if self._moved:
+            raise RuntimeError("WeightPredictor: state_dict() inside a prediction; leave predicted() first")
+        if self._holds is _Holds.NOTHING:
+            return {}
+        return {
+            "holds": self._holds.value,
+            "lrs": [float(lr) if isinstance(lr, Tensor) else lr for lr in self._previous_lrs],
+            "weights": {name: self._backups[p] for name, p in self._remembered().items() if p in self._backups},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave; an empty one starts without a last update.
+
+        Raises:
+            ValueError: the state belongs to other parameters, or is incomplete.
+        """
+        if self._moved:
+            raise RuntimeError("WeightPredictor: load_state_dict() inside a prediction; leave predicted() first")
+        self._holds = _Holds.NOTHING
+        if not state_dict or not self._active:
+            return
+        missing = {"holds", "lrs", "weights"} - set(state_dict)
+        if missing:
+            raise ValueError(f"WeightPredictor: state_dict lacks {sorted(missing)}")
+        holds = _Holds(state_dict["holds"])
+        lrs, weights, remembered = state_dict["lrs"], state_dict["weights"], self._remembered()
+        if len(lrs) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"WeightPredictor: state_dict has {len(lrs)} parameter groups, the optimizer "
+                f"{len(self.optimizer.param_groups)}"
+            )
+        if set(weights) - set(remembered):
+            raise ValueError(
+                f"WeightPredictor: state_dict names parameters that the optimizer does not have: "
+                f"{sorted(set(weights) - set(remembered))[:3]}"
+            )
+        for name, tensor in weights.items():
+            if tensor.shape != remembered[name].shape:
+                raise ValueError(
+                    f"WeightPredictor: weight {name} of state_dict has shape {tuple(tensor.shape)}, the parameter "
+                    f"{tuple(remembered[name].shape)}"
+                )
+        for name, tensor in weights.items():
+            self._backup(remembered[name]).copy_(tensor)
+        self._previous_lrs = [
+            torch.as_tensor(lr, dtype=group["lr"].dtype, device=group["lr"].device)
+            if isinstance(group.get("lr"), Tensor)
+            else lr
+            for lr, group in zip(lrs, self.optimizer.param_groups, strict=True)
+        ]
+        self._holds = holds
+
+    @property
+    def remembers(self) -> bool:
+        """True where a prediction needs more than the optimizer's state, so that a checkpoint must hold it."""
+        return self._active and bool(self._universal_groups())
+
+    def _remembered(self) -> dict[str, Tensor]:
+        """Parameters under the universal rule, named by their place in the optimizer, as its own state_dict does."""
+        return {
+            f"{g}.{i}": p
+            for g, group in enumerate(self.optimizer.param_groups)
+            if self._form(group) is None
+            for i, p in enumerate(group["params"])
+        }
+
+
+class _Predicted:
+    """`with predictor.predicted()`.
+
+    A class, not a generator: where a Ctrl-C comes between `__enter__` and the body, a suspended generator would keep
+    the predicted weights until it is collected.
+    """
+
+    def __init__(self, predictor: WeightPredictor) -> None:
+        self._predictor = predictor
+
+    def __enter__(self) -> WeightPredictor:
+        nested = self._predictor.is_predicted
+        try:
+            self._predictor.predict()
+        except BaseException:
+            if not nested:
+                self._predictor.restore()
+            raise
+        return self._predictor
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._predictor.restore()
+        finally:
+            self._predictor.restore()  # only has work to do where an interrupt ended the first
+
+
+class _LostShare:
+    """Share of the predicted moves that vanish in the resolution of low-precision weights."""
+
+    def __init__(self) -> None:
+        self._counts: list[Tensor] = []
+        self._dtypes: set[str] = set()
+
+    def add(self, chunk: _Chunk, moves: list[Tensor]) -> None:
+        if not _is_low_precision(chunk.params[0]):
+            return
+        self._dtypes.add(str(chunk.params[0].dtype))
+        for param, backup, move in zip(chunk.params, chunk.backups, moves, strict=True):
+            intended = move != 0
+            self._counts.append(torch.stack([(intended & (param == backup)).sum(), intended.sum()]))
+
+    def share(self) -> float:
+        if not self._counts:
+            return 0.0
+        lost, intended = torch.stack([count.cpu() for count in self._counts]).sum(0).tolist()
+        return lost / intended if intended else 0.0
+
+    @property
+    def dtypes(self) -> str:
+        return ", ".join(sorted(self._dtypes))
+
+
+def _compare(moves: list[Tensor], updates: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """`[<move, update>, |move|^2, |update|^2, |weight|^2]` over lists of tensors, left on their device."""
+
+    def total(a: list[Tensor], b: list[Tensor]) -> Tensor:
+        products = [(x.float() * y.float()).real.sum() for x, y in zip(a, b, strict=True)]
+        return torch.stack(products).sum()
+
+    return torch.stack([total(moves, updates), total(moves, moves), total(updates, updates), total(weights, weights)])
+
+
+def _split(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cuts a list where `_CHUNK_ELEMENTS` would be passed; a larger tensor stands alone."""
+    part: list[Tensor] = []
+    elements = 0
+    for p in params:
+        if part and elements + p.numel() > _CHUNK_ELEMENTS:
+            yield part
+            part, elements = [], 0
+        part.append(p)
+        elements += p.numel()
+    if part:
+        yield part
+
+
+def _is_low_precision(p: Tensor) -> bool:
+    return p.dtype in (torch.bfloat16, torch.float16)
+
+
+def _scalar(value: float | Tensor) -> float | Tensor:
+    """Tensors of one element as multi-tensor kernels want them: without dimensions."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def _value(lr: Any) -> Any:
+    """`lr` as it is now: some optimizers and schedulers change a tensor in place."""
+    return lr.detach().clone() if isinstance(lr, Tensor) else lr
+
+
+def _remove_all(handles: tuple[Any, ...]) -> None:
+    for handle in handles:
+        handle.remove()

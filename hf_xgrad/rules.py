@@ -1,0 +1,311 @@
+"""Prediction rules: where an optimizer is heading, as pure functions on lists of tensors.
+
+With `w` the weights, `s` the number of steps predicted ahead, `lr_t` the learning rate of the coming step and `k` the
+number of steps realised so far, a rule gives the move from `w_t` to the predicted weights `w_hat_t`:
+
+    closed form    w_hat_t - w_t = - s * lr_t * delta(state after step k)
+    last update    w_hat_t - w_t = s * (lr_t / lr_{t-1}) * (w_t - w_{t-1})
+
+Nothing here reads a gradient, changes a tensor that it was given, or waits for a device.
+
+Source: Guan, Li, Shi, Meng, "XGrad: Boosting Gradient-Based Optimizers With Weight Prediction", IEEE TPAMI 46(10),
+2024, arXiv 2305.18240.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]
+State = Mapping[str, Any]
+Direction = Callable[[Sequence[Tensor], Sequence[State], Group], list[Tensor]]
+DirectionT = TypeVar("DirectionT", bound=Direction)
+
+RULES = ("auto", "closed_form", "last_update")
+
+
+class ClosedForm(NamedTuple):
+    """How one optimizer class moves, read from its state.
+
+    Attributes:
+        direction: `(params, states, group) -> deltas`, one new tensor per parameter.
+        decay: `group -> share` of the weights that decoupled weight decay removes in the coming step, or None.
+        unless: `group -> reason` why this group's state does not determine its direction, or None where it does.
+    """
+
+    direction: Direction
+    decay: Callable[[Group], float | Tensor] | None = None
+    unless: Callable[[Group], str | None] | None = None
+
+    def obstacle(self, group: Group) -> str | None:
+        """Why the closed form does not hold for `group`; None where it does."""
+        return self.unless(group) if self.unless is not None else None
+
+
+# Keyed by the exact class, or by "module.qualname" for classes of libraries that need not be installed.
+_CLOSED_FORMS: dict[type | str, ClosedForm] = {}
+
+
+def closed_form_of(optimizer_class: type) -> ClosedForm | None:
+    """The closed form registered for exactly `optimizer_class` (not for its bases), or None."""
+    name = f"{optimizer_class.__module__}.{optimizer_class.__qualname__}"
+    return _CLOSED_FORMS.get(optimizer_class) or _CLOSED_FORMS.get(name)
+
+
+def register_rule(
+    optimizer_class: type | str,
+    *,
+    decay: Callable[[Group], float | Tensor] | None = None,
+    unless: Callable[[Group], str | None] | None = None,
+) -> Callable[[DirectionT], DirectionT]:
+    """Decorator that gives an optimizer class its closed form.
+
+    The decorated function computes `delta_t` of
+
+        w_hat_t = w_t - s * lr_t * delta_t
+
+    from the optimizer's state as the last realised step left it.
+
+    Args:
+        optimizer_class: the class, matched exactly: a subclass may step differently and needs its own rule. A string
+            `"module.qualname"` names a class without importing it.
+        decay: `group -> float`, the share of the weights that decoupled weight decay removes in the coming step
+            (`lr * weight_decay` in AdamW). Only read with `XGradConfig(weight_decay=True)`.
+        unless: `group -> reason`, a short text where the form does not hold for the settings of a group, else None.
+            Such a group follows the last update instead (or is refused with `rule="closed_form"`).
+
+    The function takes `(params, states, group)`: the parameters of one group on one device and of one dtype, the
+    optimizer's state of each (never empty), and the group's settings. It returns one *new* tensor per parameter, of
+    the parameter's shape. A later registration for the same class replaces the earlier.
+
+    Raises:
+        TypeError: `optimizer_class` is neither a class nor a string.
+
+    Example:
+        An optimizer that steps along the sign of its momentum:
+
+        >>> import torch
+        >>> from hf_xgrad import WeightPredictor, XGradConfig, register_rule
+        >>> class SignMomentum(torch.optim.Optimizer):
+        ...     def __init__(self, params, lr=0.1, beta=0.5):
+        ...         super().__init__(params, {"lr": lr, "beta": beta})
+        ...     @torch.no_grad()
+        ...     def step(self, closure=None):
+        ...         for group in self.param_groups:
+        ...             for p in group["params"]:
+        ...                 m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        ...                 m.lerp_(p.grad, 1 - group["beta"])
+        ...                 p.sub_(group["lr"] * m.sign())
+        >>> @register_rule(SignMomentum)
+        ... def sign_momentum(params, states, group):
+        ...     return [state["momentum"].sign() for state in states]
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, -1.0]))
+        >>> optimizer = SignMomentum([w])
+        >>> predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
+        >>> (w**2).sum().backward()
+        >>> optimizer.step()
+        >>> with predictor.predicted():
+        ...     print([round(x, 2) for x in w.tolist()])
+        [0.8, -0.8]
+        >>> [round(x, 2) for x in w.tolist()]
+        [0.9, -0.9]
+    """
+    if not isinstance(optimizer_class, (type, str)):
+        raise TypeError(
+            f"register_rule: `optimizer_class` must be a class or a 'module.qualname' string, got {optimizer_class!r}"
+        )
+
+    def register(direction: DirectionT) -> DirectionT:
+        _CLOSED_FORMS[optimizer_class] = ClosedForm(direction, decay, unless)
+        return direction
+
+    return register
+
+
+def last_update(params: Sequence[Tensor], previous: Sequence[Tensor], scale: float | Tensor) -> list[Tensor]:
+    """Universal rule: the last realised update once more.
+
+        w_hat_t - w_t = scale * (w_t - w_{t-1}),    scale = s * lr_t / lr_{t-1}
+
+    Args:
+        params: `w_t`.
+        previous: `w_{t-1}`, shapes as `params`.
+        scale: see `last_update_scale`.
+    """
+    moves = torch._foreach_sub(list(params), list(previous))
+    torch._foreach_mul_(moves, scale)
+    return list(moves)
+
+
+def last_update_scale(steps: float, lr: Any, previous_lr: Any) -> float | Tensor:
+    """`s * lr_t / lr_{t-1}`, and 0 where `lr_{t-1}` is 0: no update was realised then, so nothing can be repeated.
+
+    Optimizers that set their own step size have no learning rate (None): the update is repeated as it was.
+    """
+    if lr is None or previous_lr is None:
+        return steps
+    if isinstance(lr, Tensor) or isinstance(previous_lr, Tensor):
+        # Chosen on the device: a Python `if` would wait for it.
+        lr, previous_lr = torch.as_tensor(lr), torch.as_tensor(previous_lr)
+        ratio = torch.where(previous_lr == 0, 0.0, lr / torch.where(previous_lr == 0, 1.0, previous_lr))
+        return steps * ratio.reshape(())
+    return steps * lr / previous_lr if previous_lr != 0 else 0.0
+
+
+def state_steps(states: Sequence[State]) -> list[float] | Tensor:
+    """Realised steps `k` of each parameter: numbers where the host knows them, else one 1-d tensor on the device."""
+    steps = [state["step"] for state in states]
+    if not isinstance(steps[0], Tensor):
+        return [float(step) for step in steps]
+    stacked = torch.stack(steps).flatten()
+    return stacked.tolist() if stacked.device.type == "cpu" else stacked
+
+
+def bias_corrections(
+    beta: float | Tensor, steps: list[float] | Tensor, *, before_first_step: float
+) -> list[float] | list[Tensor]:
+    """`1 - beta^k` for each `k` of `steps`, and `before_first_step` where `k` is 0."""
+    if isinstance(steps, list) and not isinstance(beta, Tensor):
+        return [1 - beta**k if k > 0 else before_first_step for k in steps]
+    device = steps.device if isinstance(steps, Tensor) else beta.device if isinstance(beta, Tensor) else None
+    # In double precision, as the fused kernels have it: 1 - 0.999^k loses four digits in single. MPS has no doubles.
+    dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
+    k = torch.as_tensor(steps, dtype=dtype, device=device)
+    beta = beta.to(device, dtype).reshape(()) if isinstance(beta, Tensor) else beta
+    return list(torch.where(k > 0, 1 - beta**k, before_first_step).unbind())
+
+
+def adaptive_direction(
+    exp_avgs: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    steps: list[float] | Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    eps: float,
+    *,
+    eps_in_root: bool = False,
+) -> list[Tensor]:
+    """Direction of the Adam family.
+
+        delta = (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps)
+        delta = (m / (1 - b1^k)) / sqrt((v + eps) / (1 - b2^k))        with `eps_in_root`
+
+    and 0 for a parameter whose `k` is 0 (a state that a skipped first step has left empty).
+
+    Args:
+        exp_avgs: `m`, one tensor per parameter.
+        second_moments: `v`, shapes as `exp_avgs`.
+        steps: `k` of each parameter, as `state_steps` gives them.
+        betas: `(b1, b2)`.
+        eps: `eps`.
+        eps_in_root: whether eps stands under the square root.
+    """
+    beta1, beta2 = betas
+    # Dividing by an infinite correction makes the direction of a parameter without steps 0.
+    correction1 = bias_corrections(beta1, steps, before_first_step=math.inf)
+    correction2 = bias_corrections(beta2, steps, before_first_step=1.0)
+    # With eps = 0, an element that never had a gradient would be 0 / 0: it is not heading anywhere.
+    eps = eps or torch.finfo(exp_avgs[0].dtype).tiny
+    if eps_in_root:
+        denominators = torch._foreach_add(list(second_moments), eps)
+        torch._foreach_sqrt_(denominators)
+    else:
+        denominators = torch._foreach_sqrt(list(second_moments))
+    torch._foreach_div_(denominators, [c**0.5 for c in correction2])
+    if not eps_in_root:
+        torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(denominators, correction1)
+    return list(torch._foreach_div(list(exp_avgs), denominators))
+
+
+def _decoupled_decay(group: Group) -> float | Tensor:
+    return group["lr"] * group["weight_decay"]
+
+
+def _no_momentum(group: Group) -> str | None:
+    if group["momentum"] == 0:
+        return "SGD without momentum keeps no state to predict from"
+    if group["nesterov"]:
+        return "Nesterov's step needs the last gradient, which is no part of the state"
+    return None
+
+
+@register_rule(torch.optim.SGD, unless=_no_momentum)
+def sgd_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
+    """SGD with momentum: `delta = buf`.
+
+    The buffer already holds weight decay, dampening and the sign of `maximize`, as torch.optim applies them to the
+    gradient before it enters the buffer.
+    """
+    # The buffer is the optimizer's own: the caller scales what it gets.
+    return list(torch._foreach_mul([state["momentum_buffer"] for state in states], 1.0))
+
+
+@register_rule(torch.optim.AdamW, decay=_decoupled_decay)
+@register_rule(
+    torch.optim.Adam, decay=lambda group: _decoupled_decay(group) if group.get("decoupled_weight_decay") else 0.0
+)
+def adam_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
+    """Adam and AdamW: `delta = (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps)`.
+
+    With `amsgrad`, `v` is the running maximum. `m` already has the sign of `maximize`, as torch.optim negates the
+    gradient before it enters the moments.
+    """
+    second_moment = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
+    return adaptive_direction(
+        [state["exp_avg"] for state in states],
+        [state[second_moment] for state in states],
+        state_steps(states),
+        group["betas"],
+        group["eps"],
+    )
+
+
+def _adabelief_variant(group: Group) -> str | None:
+    for option in ("rectify", "adanorm", "adam_debias"):
+        if group.get(option):
+            return f"AdaBelief with {option}=True steps by another equation"
+    return None
+
+
+def _adabelief_decay(group: Group) -> float | Tensor:
+    if not group["weight_decouple"]:
+        return 0.0
+    return group["weight_decay"] if group["fixed_decay"] else _decoupled_decay(group)
+
+
+@register_rule("pytorch_optimizer.optimizer.adabelief.AdaBelief", decay=_adabelief_decay, unless=_adabelief_variant)
+def adabelief_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
+    """AdaBelief of the pytorch-optimizer library: `delta = (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps)`.
+
+    `v` is the moving average of `(g - m)^2`, to which that library adds eps at every step; with `ams_bound`, its
+    running maximum. The number of steps is kept per group.
+
+    Source: Zhuang et al., "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients", NeurIPS 2020,
+    arXiv 2010.07468.
+    """
+    second_moment = "max_exp_avg_var" if group["ams_bound"] else "exp_avg_var"
+    return adaptive_direction(
+        [state["exp_avg"] for state in states],
+        [state[second_moment] for state in states],
+        [float(group["step"])] * len(states),
+        group["betas"],
+        group["eps"],
+    )
+
+
+@register_rule("hf_xgrad.optim.AdaM3", decay=_decoupled_decay)
+def adam3_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
+    """AdaM3: `delta = (m / (1 - b1^k)) / sqrt((v + eps) / (1 - b2^k))`, `v` being the moving average of `m^2`."""
+    return adaptive_direction(
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_var"] for state in states],
+        state_steps(states),
+        group["betas"],
+        group["eps"],
+        eps_in_root=True,
+    )

@@ -1,0 +1,283 @@
+"""The Trainer that predicts before forward and backward, and restores before the optimizer steps."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, has_length
+from transformers.utils import logging
+
+from hf_xgrad.arguments import EXTRA_OPTIMIZERS, XGradConfig
+from hf_xgrad.optim import AdaM3
+from hf_xgrad.prediction import WeightPredictor, check_optimizer, refusal
+from hf_xgrad.rules import closed_form_of
+
+# To a type checker the mixin is a Trainer; at run time it is mixed into one.
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+logger = logging.get_logger(__name__)
+
+XGRAD_STATE_NAME = "xgrad.safetensors"
+
+_IN_BACKWARD = "it updates the weights inside backward, so that the predicted weights would be updated"
+_EXTRAPOLATED = "it already trains at an extrapolated point"
+# Values of `optim` that are refused, with the reason.
+_REFUSED_OPTIMIZERS = {
+    "lomo": _IN_BACKWARD,
+    "adalomo": _IN_BACKWARD,
+    "galore_adamw_layerwise": _IN_BACKWARD,
+    "galore_adamw_8bit_layerwise": _IN_BACKWARD,
+    "galore_adafactor_layerwise": _IN_BACKWARD,
+    "apollo_adamw_layerwise": _IN_BACKWARD,
+    "schedule_free_radam": _EXTRAPOLATED,
+    "schedule_free_adamw": _EXTRAPOLATED,
+    "schedule_free_sgd": _EXTRAPOLATED,
+}
+
+
+class XGradMixin(_Trainer):
+    """Makes any Trainer train on predicted weights; goes first in the bases.
+
+        w_hat_t = w_t - s * lr_t * delta_t          before every training step
+        g_t     = grad L(w_hat_t; batch_t)          the Trainer's own `training_step`
+        w_{t+1} = optimizer.step(w_t, g_t)          on the true weights
+
+    Outside `training_step` the model always holds its true weights.
+
+    Args:
+        xgrad_config: the settings, where the class of `args` has no `xgrad*` fields; given, it is used instead of
+            them.
+
+    All other arguments are those of the Trainer that it is mixed into.
+
+    Raises:
+        ValueError: an optimizer or an engine with which the prediction cannot be right, or `rule="closed_form"` with
+            an optimizer that has no closed form.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> class MyXGradTrainer(XGradMixin, Trainer):
+        ...     pass
+
+    Source: Guan et al., "XGrad: Boosting Gradient-Based Optimizers With Weight Prediction", arXiv 2305.18240.
+    """
+
+    def __init__(self, *args: Any, xgrad_config: XGradConfig | None = None, **kwargs: Any) -> None:
+        self._xgrad_config = xgrad_config
+        self._predictor: WeightPredictor | None = None
+        super().__init__(*args, **kwargs)
+        self._check_xgrad()
+
+    @property
+    def xgrad_config(self) -> XGradConfig:
+        """The settings in force: `xgrad_config` if given, else those of `args` (which a search may change)."""
+        return self._xgrad_config or XGradConfig.from_args(self.args)
+
+    # ---- prediction ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The Trainer's own `training_step` (forward and backward), on predicted weights."""
+        predictor = self._get_predictor()
+        if predictor is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        if self._next_step_is_logged():
+            predictor.measure()
+        with predictor.predicted():
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own `train`."""
+        # What an earlier run remembers of its last update says nothing about weights that were changed since.
+        self._predictor = None
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._predictor is not None:
+                # Only has work to do where a Ctrl-C came in the middle of restoring.
+                self._predictor.restore()
+            self._predictor = None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own `log`; a training log also gets the diagnostics of its step, as `xgrad/...`."""
+        if "loss" in logs and self._predictor is not None:
+            logs.update({f"xgrad/{name}": value for name, value in self._predictor.diagnostics().items()})
+        super().log(logs, *args, **kwargs)
+
+    def _get_predictor(self) -> WeightPredictor | None:
+        config = self.xgrad_config
+        optimizer = self.optimizer
+        if not config.enabled or config.steps == 0 or optimizer is None:
+            return None
+        if self._predictor is None:
+            self._predictor = WeightPredictor(optimizer, config)
+        return self._predictor
+
+    def _next_step_is_logged(self) -> bool:
+        """Whether the step under way will be followed by a log, as DefaultFlowCallback decides it."""
+        args, state, step = self.args, self.state, self.state.global_step + 1
+        if args.logging_first_step and step == 1:
+            return True
+        if args.logging_strategy == IntervalStrategy.STEPS:
+            return state.logging_steps > 0 and step % state.logging_steps == 0
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            dataloader = self.callback_handler.train_dataloader
+            if dataloader is None or not has_length(dataloader):
+                return step == state.max_steps
+            steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+            return step == state.max_steps or step % steps_per_epoch == 0
+        return False
+
+    # ---- checkpoints ----
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self._predictor.state_dict() if self._predictor is not None else {}
+        if state and self.args.should_save:
+            metadata = {"holds": state["holds"], "lrs": json.dumps(state["lrs"])}
+            save_file(state["weights"], os.path.join(output_dir, XGRAD_STATE_NAME), metadata)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        predictor = self._get_predictor() if checkpoint is not None else None
+        if checkpoint is None or predictor is None or not predictor.remembers:
+            return
+        path = os.path.join(checkpoint, XGRAD_STATE_NAME)
+        if not os.path.isfile(path):
+            logger.warning(
+                f"XGrad: {checkpoint} has no {XGRAD_STATE_NAME}; the first step is taken without prediction."
+            )
+            return
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                state = {
+                    "holds": metadata["holds"],
+                    "lrs": json.loads(metadata["lrs"]),
+                    "weights": {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+                }
+            predictor.load_state_dict(state)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"XGrad: {path} cannot be used ({error}). Resume from another checkpoint, or remove the file: the "
+                "first step is then taken without prediction."
+            ) from error
+
+    # ---- optimizers ----
+
+    @classmethod
+    def get_optimizer_cls_and_kwargs(cls, args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """As the Trainer's own, with the optimizers that XGrad adds to `optim`."""
+        if args.optim in EXTRA_OPTIMIZERS:
+            return _extra_optimizer(args)
+        return super().get_optimizer_cls_and_kwargs(args, model)
+
+    def _check_xgrad(self) -> None:
+        """Refuses, before any training time is spent, what cannot be right."""
+        config = self.xgrad_config
+        if not config.enabled or config.steps == 0:
+            return
+        args = self.args
+        distributed_type = self.accelerator.distributed_type
+        if not (distributed_type == DistributedType.NO or distributed_type.value.startswith("MULTI_")):
+            raise ValueError(
+                f"XGrad: {distributed_type.value} is not supported yet: it keeps the weights in shards that a "
+                "prediction does not reach. Train with DDP or on one device, or switch XGrad off (xgrad=False)."
+            )
+        optimizer = self.optimizer
+        if optimizer is not None:
+            check_optimizer(optimizer, config)
+            return
+        given = self.optimizer_cls_and_kwargs
+        name = str(getattr(args.optim, "value", args.optim))
+        reason = None
+        if given is not None:
+            reason = refusal(given[0])
+        elif name in _REFUSED_OPTIMIZERS:
+            reason = f"optim={name!r} is refused: {_REFUSED_OPTIMIZERS[name]}"
+        if reason is not None:
+            raise ValueError(f"XGrad: {reason}. Choose another optimizer, or switch XGrad off (xgrad=False).")
+        if given is None and (name in EXTRA_OPTIMIZERS or config.rule == "closed_form"):
+            given = self.get_optimizer_cls_and_kwargs(args, self.model)
+        if config.rule == "closed_form" and given is not None:
+            _check_closed_form(given[0], given[1], config)
+
+
+def _check_closed_form(optimizer_class: Any, kwargs: dict[str, Any], config: XGradConfig) -> None:
+    """Tries the settings of an optimizer that is yet to be made, on one weight."""
+    if not isinstance(optimizer_class, type) or closed_form_of(optimizer_class) is None:
+        raise ValueError(
+            f"XGrad: xgrad_rule='closed_form' asks for a closed form, but {optimizer_class.__name__} has none. "
+            "Use 'auto' or 'last_update'."
+        )
+    check_optimizer(optimizer_class([nn.Parameter(torch.zeros(1))], **kwargs), config)
+
+
+def _extra_optimizer(args: TrainingArguments) -> tuple[type, dict[str, Any]]:
+    """Class and settings of one of `EXTRA_OPTIMIZERS`; `optim_args` wins over the `adam_*` fields."""
+    optimizer_class: Any
+    if args.optim == "adabelief":
+        try:
+            import pytorch_optimizer
+        except ImportError as error:
+            raise ImportError(
+                "optim='adabelief' needs the pytorch-optimizer library: pip install 'hf_xgrad[adabelief]'"
+            ) from error
+        optimizer_class = pytorch_optimizer.AdaBelief
+    else:
+        optimizer_class = {
+            "adam": torch.optim.Adam,
+            "adam3": AdaM3,
+            "nadam": torch.optim.NAdam,
+            "radam": torch.optim.RAdam,
+        }[args.optim]
+    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    settable = {
+        name: parameter.default
+        for name, parameter in inspect.signature(optimizer_class).parameters.items()
+        if name not in ("params", "lr", "betas") and parameter.default is not inspect.Parameter.empty
+    }
+    for pair in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
+        name, _, text = pair.partition("=")
+        if name not in settable:
+            raise ValueError(
+                f"optim_args={args.optim_args!r}: {args.optim} has no setting {name!r}; it has "
+                f"{', '.join(sorted(settable))}"
+            )
+        kwargs[name] = _parse_setting(name, text, settable[name], args.optim_args)
+    return optimizer_class, kwargs
+
+
+def _parse_setting(name: str, text: str, default: Any, optim_args: str | None) -> Any:
+    """`text` as a value of the type that `default` has; a default of None stands for an optional bool."""
+    try:
+        if default is None or isinstance(default, bool):
+            return {"true": True, "1": True, "false": False, "0": False, "none": default}[text.lower()]
+        return type(default)(text)
+    except (KeyError, ValueError):
+        kind = "true or false" if default is None or isinstance(default, bool) else f"of type {type(default).__name__}"
+        raise ValueError(f"optim_args={optim_args!r}: {name} must be {kind}, got {text!r}") from None
+
+
+class XGradTrainer(XGradMixin, Trainer):
+    """`transformers.Trainer` that trains on predicted weights; see `XGradMixin`.
+
+    Takes the place of `Trainer` as it is: with plain `TrainingArguments` it predicts one step ahead by the rule that
+    fits the optimizer.
+    """
+
+
+class XGradSeq2SeqTrainer(XGradMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` that trains on predicted weights; see `XGradMixin`."""
