@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from reference import predicted_weights
-from tiny_models import bert, gpt2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_xgrad import WeightPredictor, XGradConfig
 from hf_xgrad import prediction as prediction_module
 from hf_xgrad.optim import AdaM3
+from reference import predicted_weights
+from tiny_models import bert, gpt2
 
 Maker = Callable[[Any], torch.optim.Optimizer]
 

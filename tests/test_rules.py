@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from reference import adam3_trajectory, predicted_weights
 from torch import Tensor, nn
 
 from hf_xgrad import WeightPredictor, XGradConfig, register_rule
@@ -24,6 +23,7 @@ from hf_xgrad.rules import (
     last_update_scale,
     state_steps,
 )
+from reference import adam3_trajectory, predicted_weights
 
 SHAPES = ((5,), (3, 4), (), (2, 1, 3))
 

@@ -1,0 +1,108 @@
+"""What README shows is what there is: its Python runs, its flags exist, its files are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+import hf_xgrad
+import run_glue
+from script_arguments import ScriptParser
+from tiny_models import Sentences, arguments, bert
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_loop_of_readme_trains_on_predicted_weights() -> None:
+    (code,) = [block for block in blocks("python") if "WeightPredictor" in block]
+    model, data = bert(), Sentences(16)
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda *_: seen.append(model.classifier.weight.detach().clone()))
+    batches = [{k: torch.stack([data[i][k] for i in range(n, n + 4)]) for k in data[0]} for n in range(0, 16, 4)]
+    names: dict[str, Any] = {"model": model, "dataloader": batches}
+    exec(code, names)
+    assert len(seen) == 4
+    assert not names["predictor"].is_predicted
+    assert not torch.equal(seen[-1], model.classifier.weight)
+
+
+def test_the_drop_in_of_readme_trains(tmp_path: Path) -> None:
+    """The diff's new lines, on a model of the tests."""
+    (diff,) = blocks("diff")
+    code = "\n".join(line[1:] for line in diff.splitlines() if line[:1] in "+ ")
+    old = [line for line in diff.splitlines() if line.startswith("-")]
+    new = [line for line in diff.splitlines() if line.startswith("+")]
+    assert len(old) == len(new) == 3
+    code = code.replace('output_dir="outputs/run"', "**settings")
+    settings = vars(arguments(tmp_path, max_steps=2))
+    wanted = ("output_dir", "max_steps", "use_cpu", "disable_tqdm", "save_strategy")
+    names: dict[str, Any] = {
+        "model": bert(),
+        "train_dataset": Sentences(16),
+        "settings": {**{name: settings[name] for name in wanted}, "report_to": "none"},
+    }
+    exec(code, names)
+    assert names["trainer"].state.global_step == 2
+
+
+def test_the_mixin_of_readme_fits_any_trainer(tmp_path: Path) -> None:
+    (code,) = [block for block in blocks("python") if "XGradMixin" in block]
+    code = code.replace("from trl import SFTTrainer\n", "").replace("...,", "**given,")
+    names: dict[str, Any] = {
+        "SFTTrainer": Trainer,
+        "given": {"model": bert(), "args": arguments(tmp_path), "train_dataset": Sentences(16)},
+    }
+    exec(code, names)
+    assert names["trainer"].xgrad_config == hf_xgrad.XGradConfig(steps=2.0)
+
+
+def glue_commands() -> list[list[str]]:
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("python scripts/run_glue.py")]
+
+
+@pytest.mark.parametrize("flags", glue_commands(), ids=lambda flags: flags[3])
+def test_the_commands_of_readme_have_flags_that_exist(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to where data would be read."""
+
+    class Parsed(Exception):  # noqa: N818
+        pass
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise Parsed
+
+    monkeypatch.setattr(run_glue, "load_config", stop)
+    with pytest.raises(Parsed):
+        run_glue.main([*flags, "--use_cpu"])
+
+
+def test_every_setting_of_xgrad_is_in_readme() -> None:
+    parser = ScriptParser(hf_xgrad.XGradTrainingArguments, prog="test", description="")
+    for option in parser._option_string_actions:
+        if option.startswith("--xgrad") and "-" not in option[2:]:
+            assert f"`{option[2:]}`" in README
+    for name in hf_xgrad.arguments.EXTRA_OPTIMIZERS:
+        assert f"`{name}`" in README
+
+
+def test_the_files_that_readme_names_are_there() -> None:
+    for name in re.findall(r"`([\w/]+\.(?:py|txt|md|cff|json))`", README):
+        assert any((ROOT / folder / name).is_file() for folder in (".", "hf_xgrad")), name
+
+
+def test_one_version_everywhere() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"version: {hf_xgrad.__version__}" in citation
+    assert re.search(rf"^## {re.escape(hf_xgrad.__version__)}", changelog, flags=re.MULTILINE)
