@@ -1,0 +1,105 @@
+"""What a run leaves behind for its reader: predictions, the comparison of two runs, a plot of their losses."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = tuple[str, float, float, float]
+RESUMED = "train_resumed_at_step"
+# Metrics of a Trainer which do not say how well the model does.
+_BOOKKEEPING = ("_per_second", "_samples", "eval_runtime", "epoch", "total_flos")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content`, readably."""
+    path.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what write_json wrote: the metrics in a results file, say; nothing where there is no such file."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def write_predictions(path: Path, predictions: Iterable[str | float]) -> None:
+    """Write a tab-separated file of row numbers (from 0, as GLUE's submissions have them) and predictions."""
+    lines = ["index\tprediction", *(f"{number}\t{value}" for number, value in enumerate(predictions))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def compare(xgrad: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[Row]:
+    """Return (metric, with XGrad, without, difference) for the metrics that both runs have."""
+    # A resumed run reports the loss and the time of its last part only.
+    partial = RESUMED in xgrad or RESUMED in baseline
+    rows = []
+    for name, value in xgrad.items():
+        skipped = any(part in name for part in _BOOKKEEPING) or (partial and name.startswith("train"))
+        if name in baseline and not skipped:
+            rows.append((name, float(value), float(baseline[name]), float(value) - float(baseline[name])))
+    return sorted(rows, key=lambda row: (not row[0].startswith("train"), row[0]))
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> str:
+    """Return an aligned table: text to the left, numbers with four decimals to the right, "-" for what is missing."""
+    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def format_comparison(rows: Iterable[Row]) -> str:
+    """Return the table of two runs side by side."""
+    return format_table(("metric", "XGrad", "baseline", "difference"), rows)
+
+
+def write_comparison(path: Path, rows: Iterable[Row], settings: Mapping[str, Any]) -> None:
+    """Write two runs side by side, with the settings that they share."""
+    metrics = {
+        name: {"xgrad": with_xgrad, "baseline": without, "difference": difference}
+        for name, with_xgrad, without, difference in rows
+    }
+    write_json(path, {"metrics": metrics, "settings": dict(settings)})
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the log of the run whose results are in `folder`."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    history: list[dict[str, Any]] = state["log_history"]
+    return history
+
+
+def last_logged(history: Iterable[Mapping[str, Any]], name: str) -> float:
+    """Return the last value that a run logged under `name`."""
+    values = [entry[name] for entry in history if name in entry]
+    return float(values[-1]) if values else math.nan
+
+
+def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str) -> None:
+    """Draw the training and evaluation loss of each run over its steps."""
+    # Here, so that scripts which draw nothing do without matplotlib; not pyplot, which wants a screen.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    # Blue and orange of the Okabe-Ito palette, which colour-blind readers can tell apart; the dashes serve print.
+    styles = (("#0072B2", "-"), ("#E69F00", "--"))
+    losses = (("loss", "training loss"), ("eval_loss", "evaluation loss"))
+    for panel, (name, label) in zip(panels, losses, strict=True):
+        for (run, history), (color, line) in zip(histories.items(), styles, strict=False):
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            panel.plot([step for step, _ in points], [loss for _, loss in points], line, color=color, label=run)
+        panel.set(xlabel="optimizer step", ylabel=f"{label} (nats per sentence)")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else f"{value:.4f}"

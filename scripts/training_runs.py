@@ -1,0 +1,150 @@
+"""A Trainer run within its output folder: start or resume, train, save, leave results and model card, push."""
+
+import logging
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from transformers import Trainer, TrainerState, TrainingArguments
+
+from run_results import RESUMED, read_json, write_json
+from script_arguments import InputError, RunArguments
+
+STATE_FILE = "trainer_state.json"
+SETTINGS_FILE = "xgrad_settings.json"
+XGRAD_SETTINGS = ("xgrad", "xgrad_steps", "xgrad_rule", "xgrad_weight_decay")
+# A run that ended leaves these; to train into their folder again would overwrite them.
+_FINISHED = ("*.safetensors", "*.bin", "*_results.json", "README.md", "predict_results*.tsv")
+
+logger = logging.getLogger(__name__)
+
+
+def set_up_logging(args: TrainingArguments, *modules: str) -> None:
+    """Show what these modules and this one say on the main process, and what the libraries say at --log_level."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for name in (*modules, __name__):
+        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
+    level = args.get_process_log_level()
+    transformers.utils.logging.set_verbosity(level)
+    datasets.utils.logging.set_verbosity(level)
+
+
+def baseline_folder(output_dir: str) -> str:
+    """Return where the run without XGrad goes: beside the other's folder, not into it, which may be pushed."""
+    return f"{output_dir.rstrip('/')}-baseline"
+
+
+def prepare_folder(args: TrainingArguments, run: RunArguments) -> str | None:
+    """Make the output folder, refuse to overwrite another run's results, and return the checkpoint to resume from."""
+    folder = Path(str(args.output_dir))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+    if not args.do_train:
+        return None
+    if not run.resume:
+        if any(folder.iterdir()):
+            raise InputError(f"--no_resume starts over in an empty folder only, but --output_dir {folder} has files")
+        return None
+    if args.resume_from_checkpoint:
+        return _given_checkpoint(Path(args.resume_from_checkpoint))
+    checkpoint = _last_checkpoint(folder)
+    if checkpoint is not None:
+        _check_settings(args, folder)
+        return checkpoint
+    if any(path for pattern in _FINISHED for path in folder.glob(pattern)):
+        raise InputError(
+            f"--output_dir {folder} holds another run's results and no checkpoint to resume from; name a new folder"
+        )
+    return None
+
+
+def _settings(args: TrainingArguments) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in XGRAD_SETTINGS}
+
+
+def _check_settings(args: TrainingArguments, folder: Path) -> None:
+    """Refuse to go on with a run under other settings of XGrad: its results would be taken for theirs."""
+    for name, value in read_json(folder / SETTINGS_FILE).items():
+        if value != getattr(args, name):
+            raise InputError(
+                f"--output_dir {folder} holds a run with {name}={value}, not {getattr(args, name)}; name a new folder "
+                "(and --resume_from_checkpoint, to go on with that run all the same)"
+            )
+
+
+def _given_checkpoint(checkpoint: Path) -> str:
+    if not (checkpoint / STATE_FILE).is_file():
+        raise InputError(f"--resume_from_checkpoint {checkpoint} is not a checkpoint: it has no {STATE_FILE}")
+    return str(checkpoint)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    # The state is what the Trainer writes last: a checkpoint without it was cut off.
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
+    whole = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
+    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
+    """Train, from `checkpoint` if there is one, save the model and return the training metrics.
+
+    Where the checkpoint is already the last one of the run, its model is loaded and nothing is trained: the Trainer's
+    own resuming would go one step too far if the run ends within an epoch.
+    """
+    if checkpoint is None:
+        return _trained(trainer, None, {})
+    step = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)).global_step
+    if step >= _total_steps(trainer):
+        return _load_finished(trainer, Path(checkpoint))
+    logger.info("Resuming from %s (step %d of %d)", checkpoint, step, _total_steps(trainer))
+    return _trained(trainer, checkpoint, {RESUMED: step})
+
+
+def _trained(trainer: Trainer, checkpoint: str | None, extra: dict[str, float]) -> dict[str, float]:
+    if trainer.is_world_process_zero():
+        write_json(Path(str(trainer.args.output_dir)) / SETTINGS_FILE, _settings(trainer.args))
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | extra
+    # An "internal" call is one that does not push: results and card are still to be written.
+    trainer.save_model(_internal_call=True)
+    trainer.save_state()
+    return {**metrics, "train_samples": trainer.num_examples(trainer.get_train_dataloader())}
+
+
+def _total_steps(trainer: Trainer) -> int:
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    per_epoch = max(1, math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * per_epoch)
+
+
+def _load_finished(trainer: Trainer, checkpoint: Path) -> dict[str, float]:
+    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    best = state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best is not None and Path(best).is_dir():
+        checkpoint = Path(best)
+    logger.info("Training is complete in %s (step %d): nothing left to train", checkpoint, state.global_step)
+    model: Any = trainer.model
+    stored = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
+    model.load_state_dict(stored.state_dict())
+    trainer.state = state
+    results = Path(str(trainer.args.output_dir))
+    trainer.save_model(_internal_call=True)
+    if not (results / STATE_FILE).is_file():
+        trainer.save_state()
+    return read_json(results / "train_results.json")
+
+
+def finish(trainer: Trainer, card: dict[str, Any]) -> None:
+    """Write the card of a trained model and only then push, if asked to; all results are in the folder by now."""
+    if trainer.args.do_train:
+        trainer.create_model_card(**card)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
