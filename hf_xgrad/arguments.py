@@ -20,9 +20,6 @@ else:
 
 # Values of `optim` beside those of Transformers.
 EXTRA_OPTIMIZERS = ("adabelief", "adam", "adam3", "nadam", "radam")
-# Their eps stands among squared gradients and is by default 1e-16, where `adam_epsilon` is 1e-8.
-_DEFAULT_EPSILON = TrainingArguments.__dataclass_fields__["adam_epsilon"].default
-_SMALL_EPSILON = ("adabelief", "adam3")
 
 
 @dataclass(frozen=True)
@@ -115,8 +112,6 @@ class _XGradFields(_Arguments):
         self.optim = OptimizerNames.ADAMW_TORCH
         super().__post_init__()
         self.optim = name
-        if name in _SMALL_EPSILON and self.adam_epsilon == _DEFAULT_EPSILON:
-            self.adam_epsilon = 1e-16
 
 
 @dataclass

@@ -385,9 +385,9 @@ class WeightPredictor:
 
     # ---- diagnostics ----
 
-    def measure(self) -> None:
-        """Compares the prediction of the coming step with the step; `diagnostics` then has the result."""
-        self._measuring = self._active
+    def measure(self, enabled: bool = True) -> None:
+        """Whether to compare the prediction of the coming step with the step; `diagnostics` then has the result."""
+        self._measuring, self._measured = enabled and self._active, None
 
     def diagnostics(self) -> dict[str, float]:
         """Result of the last measured step, once; empty where none was measured since.
@@ -444,7 +444,12 @@ class WeightPredictor:
         return {
             "holds": self._holds.value,
             "lrs": [float(lr) if isinstance(lr, Tensor) else lr for lr in self._previous_lrs],
-            "weights": {name: self._backups[p] for name, p in self._remembered().items() if p in self._backups},
+            # A weight that was never stepped stood still: it is its own last value.
+            "weights": {
+                name: self._backups.get(p, p.detach())
+                for name, p in self._remembered().items()
+                if p.requires_grad or p in self._backups
+            },
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -463,6 +468,8 @@ class WeightPredictor:
             raise ValueError(f"WeightPredictor: state_dict lacks {sorted(missing)}")
         holds = _Holds(state_dict["holds"])
         lrs, weights, remembered = state_dict["lrs"], state_dict["weights"], self._remembered()
+        if not isinstance(lrs, list) or not all(lr is None or isinstance(lr, (int, float)) for lr in lrs):
+            raise ValueError(f"WeightPredictor: state_dict has no learning rates in `lrs`, but {lrs!r}")
         if len(lrs) != len(self.optimizer.param_groups):
             raise ValueError(
                 f"WeightPredictor: state_dict has {len(lrs)} parameter groups, the optimizer "
@@ -473,6 +480,9 @@ class WeightPredictor:
                 f"WeightPredictor: state_dict names parameters that the optimizer does not have: "
                 f"{sorted(set(weights) - set(remembered))[:3]}"
             )
+        lacking = [name for name, p in remembered.items() if p.requires_grad and name not in weights]
+        if lacking:
+            raise ValueError(f"WeightPredictor: state_dict lacks the weights {lacking[:3]}")
         for name, tensor in weights.items():
             if tensor.shape != remembered[name].shape:
                 raise ValueError(

@@ -34,6 +34,10 @@ XGRAD_STATE_NAME = "xgrad.safetensors"
 
 _IN_BACKWARD = "it updates the weights inside backward, so that the predicted weights would be updated"
 _EXTRAPOLATED = "it already trains at an extrapolated point"
+# The eps of these stands among squared gradients: `adam_epsilon` counts only where it is not its default of 1e-8.
+_SMALL_EPSILON = {"adabelief": 1e-16, "adam3": 1e-16}
+_DEFAULT_EPSILON = TrainingArguments.__dataclass_fields__["adam_epsilon"].default
+
 # Values of `optim` that are refused, with the reason.
 _REFUSED_OPTIMIZERS = {
     "lomo": _IN_BACKWARD,
@@ -93,15 +97,12 @@ class XGradMixin(_Trainer):
         predictor = self._get_predictor()
         if predictor is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        if self._next_step_is_logged():
-            predictor.measure()
+        predictor.measure(self._next_step_is_logged())
         with predictor.predicted():
             return super().training_step(model, inputs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own `train`."""
-        # What an earlier run remembers of its last update says nothing about weights that were changed since.
-        self._predictor = None
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -109,6 +110,12 @@ class XGradMixin(_Trainer):
                 # Only has work to do where a Ctrl-C came in the middle of restoring.
                 self._predictor.restore()
             self._predictor = None
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Called once a run, and again by auto_find_batch_size with the schedule begun anew: what is remembered of the
+        # last update says nothing about this run.
+        self._predictor = None
+        return super()._inner_training_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's own `log`; a training log also gets the diagnostics of its step, as `xgrad/...`."""
@@ -144,10 +151,16 @@ class XGradMixin(_Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
+        path = os.path.join(output_dir, XGRAD_STATE_NAME)
         state = self._predictor.state_dict() if self._predictor is not None else {}
-        if state and self.args.should_save:
+        if state:
             metadata = {"holds": state["holds"], "lrs": json.dumps(state["lrs"])}
-            save_file(state["weights"], os.path.join(output_dir, XGRAD_STATE_NAME), metadata)
+            save_file({name: weight.contiguous() for name, weight in state["weights"].items()}, path, metadata)
+        elif os.path.isfile(path):
+            # Of an earlier run into this folder: it does not belong to the weights beside it.
+            os.remove(path)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -205,6 +218,8 @@ class XGradMixin(_Trainer):
         reason = None
         if given is not None:
             reason = refusal(given[0])
+            if "optimizer_dict" in given[1]:
+                reason = f"{given[0].__name__} is refused: {_IN_BACKWARD}"
         elif name in _REFUSED_OPTIMIZERS:
             reason = f"optim={name!r} is refused: {_REFUSED_OPTIMIZERS[name]}"
         if reason is not None:
@@ -243,18 +258,23 @@ def _extra_optimizer(args: TrainingArguments) -> tuple[type, dict[str, Any]]:
             "nadam": torch.optim.NAdam,
             "radam": torch.optim.RAdam,
         }[args.optim]
-    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    eps = args.adam_epsilon
+    if eps == _DEFAULT_EPSILON:
+        eps = _SMALL_EPSILON.get(args.optim, eps)
+    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": eps}
     settable = {
         name: parameter.default
         for name, parameter in inspect.signature(optimizer_class).parameters.items()
-        if name not in ("params", "lr", "betas") and parameter.default is not inspect.Parameter.empty
+        # The Trainer's own fields have the others, and win: it sets them for each parameter group.
+        if name not in ("params", "lr", "betas", "weight_decay") and parameter.default is not inspect.Parameter.empty
     }
     for pair in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
         name, _, text = pair.partition("=")
         if name not in settable:
             raise ValueError(
-                f"optim_args={args.optim_args!r}: {args.optim} has no setting {name!r}; it has "
-                f"{', '.join(sorted(settable))}"
+                f"optim_args={args.optim_args!r}: {args.optim} takes no {name!r} there; it takes "
+                f"{', '.join(sorted(settable))} (learning_rate, adam_beta1, adam_beta2 and weight_decay are arguments "
+                "of their own)"
             )
         kwargs[name] = _parse_setting(name, text, settable[name], args.optim_args)
     return optimizer_class, kwargs

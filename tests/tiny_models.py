@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+from functools import partialmethod
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+# Every train() collects garbage first; with all that these imports made left out of it, a short run is over in a
+# tenth of the time.
+gc.freeze()
 
 VOCABULARY = 48
 LENGTH = 12
@@ -92,3 +109,78 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Bit for bit the same tensors under the same names."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def t5(**config: Any) -> T5ForConditionalGeneration:
+    """A T5 of one layer, without dropout unless `config` sets it."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+        "dropout_rate": 0.0,
+        "pad_token_id": 0,
+        "eos_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
+    return T5ForConditionalGeneration(T5Config(**{**settings, **config}))
+
+
+class Forwards:
+    """Records what every forward in training mode sees: `weights` and `batches`, one entry per call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.batches: list[dict[str, Tensor]] = []
+        model.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if model.training:
+            self.weights.append(weights(model))
+            self.batches.append({name: value.clone() for name, value in kwargs.items() if isinstance(value, Tensor)})
+
+
+class EveryEvent(TrainerCallback):
+    """Calls `observe(event, **what the Trainer tells its callbacks)` at every event there is."""
+
+    EVENTS = tuple(name for name in dir(TrainerCallback) if name.startswith("on_"))
+
+    def __init__(self, observe: Callable[..., None]) -> None:
+        self.observe = observe
+
+    def _on(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.observe(event.removeprefix("on_"), args=args, state=state, control=control, **kwargs)
+
+
+for _event in EveryEvent.EVENTS:
+    setattr(EveryEvent, _event, partialmethod(EveryEvent._on, _event))
+
+
+def recorder(model: nn.Module, *events: str) -> tuple[EveryEvent, list[tuple[str, dict[str, Tensor]]]]:
+    """A callback and the list that it fills with `(event, weights)`, for `events` only if any are named."""
+    seen: list[tuple[str, dict[str, Tensor]]] = []
+
+    def observe(event: str, **kwargs: Any) -> None:
+        if not events or event in events:
+            seen.append((event, weights(model)))
+
+    return EveryEvent(observe), seen
+
+
+def changes(seen: list[tuple[str, dict[str, Tensor]]]) -> set[str]:
+    """Events of a `recorder` at which the weights were no longer those of the event before."""
+    return {event for (_, before), (event, after) in pairwise(seen) if not same(before, after)}
+
+
+def optimizer_state(trainer: Any) -> list[Tensor]:
+    """Copies of all tensors in the state of a trainer's optimizer, in a fixed order."""
+    state = trainer.optimizer.state_dict()["state"]
+    return [
+        torch.as_tensor(value).clone()
+        for _, entries in sorted(state.items())
+        for _, value in sorted(entries.items())
+        if value is not None
+    ]
