@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import chain, repeat
 from types import TracebackType
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_xgrad.rules import ClosedForm, Group, State, closed_form_of, last_update, last_update_scale
+from hf_xgrad.rules import ClosedForm, Delta, Group, State, closed_form_of, last_update, last_update_scale
 
 if TYPE_CHECKING:
     from hf_xgrad.arguments import XGradConfig
@@ -117,7 +117,8 @@ class _Chunk(NamedTuple):
     states: list[State]
     group: Group
     form: ClosedForm | None
-    scale: float | Tensor  # of the closed form's direction, or of the last update
+    scale: float | Tensor  # of the delta that its rule gives
+    decay: float | Tensor | None  # share of the weights to add to that
 
 
 class WeightPredictor:
@@ -265,12 +266,14 @@ class WeightPredictor:
                 self._moved.append(chunk)
                 torch._foreach_copy_(chunk.params, predicted)
             else:
-                moves = self._move(chunk)
+                delta = self._delta(chunk)
                 torch._foreach_copy_(chunk.backups, chunk.params)
                 self._moved.append(chunk)
-                torch._foreach_add_(chunk.params, moves)
+                delta.add_to_(chunk.params, chunk.scale)
+                if chunk.decay is not None:
+                    torch._foreach_add_(chunk.params, torch._foreach_mul(chunk.backups, chunk.decay))
                 if lost is not None:
-                    lost.add(chunk, moves)
+                    lost.add(chunk, delta.numerators)
             self._window.append(chunk)
         self._holds = held
         if self._moved:
@@ -320,7 +323,8 @@ class WeightPredictor:
             for params in by_kind.values():
                 for part in _split(params):
                     states = [self.optimizer.state[p] for p in part] if form is not None else []
-                    yield _Chunk(part, [self._backup(p) for p in part], states, group, form, scale)
+                    backups = [self._backup(p) for p in part]
+                    yield _Chunk(part, backups, states, group, form, scale, self._decay(group, form))
 
     def _is_under_way(self, p: Tensor, form: ClosedForm | None) -> bool:
         # The optimizer's state tells, never the gradient: that is None when a step begins. A frozen weight may still
@@ -329,16 +333,17 @@ class WeightPredictor:
             return False
         return bool(self.optimizer.state.get(p)) if form is not None else p in self._backups
 
-    def _move(self, chunk: _Chunk) -> list[Tensor]:
-        """`w_hat_t - w_t` of a chunk whose parameters are `w_t`."""
+    def _delta(self, chunk: _Chunk) -> Delta:
+        """What `chunk.scale` turns into the move of a chunk whose parameters are `w_t`."""
         if chunk.form is None:
-            return last_update(chunk.params, chunk.backups, chunk.scale)
-        moves = chunk.form.direction(chunk.params, chunk.states, chunk.group)
-        torch._foreach_mul_(moves, chunk.scale)
-        if self.config.weight_decay and chunk.form.decay is not None:
-            share = -self.config.steps * _scalar(chunk.form.decay(chunk.group))
-            torch._foreach_add_(moves, torch._foreach_mul(chunk.params, share))
-        return moves
+            return last_update(chunk.params, chunk.backups)
+        delta = chunk.form.direction(chunk.params, chunk.states, chunk.group)
+        return delta if isinstance(delta, Delta) else Delta(delta)
+
+    def _decay(self, group: Group, form: ClosedForm | None) -> float | Tensor | None:
+        if form is None or form.decay is None or not self.config.weight_decay:
+            return None
+        return -self.config.steps * _scalar(form.decay(group))
 
     def _form(self, group: Group) -> ClosedForm | None:
         """The closed form that `group` is predicted by; None for the universal rule."""
@@ -407,9 +412,12 @@ class WeightPredictor:
 
     def _move_once_more(self, chunk: _Chunk) -> list[Tensor]:
         """The move of this window, from weights that are true again."""
-        if chunk.form is not None:
-            return self._move(chunk)
-        return list(torch._foreach_sub(chunk.backups, chunk.params))
+        if chunk.form is None:
+            return list(torch._foreach_sub(chunk.backups, chunk.params))
+        moves = self._delta(chunk).moves(chunk.scale)
+        if chunk.decay is not None:
+            torch._foreach_add_(moves, torch._foreach_mul(chunk.params, chunk.decay))
+        return moves
 
     def _checks_precision(self) -> bool:
         """True at the 1st, 2nd, 4th, 8th... prediction: warm-up moves too little to judge by the first alone."""
@@ -550,12 +558,13 @@ class _LostShare:
         self._counts: list[Tensor] = []
         self._dtypes: set[str] = set()
 
-    def add(self, chunk: _Chunk, moves: list[Tensor]) -> None:
+    def add(self, chunk: _Chunk, numerators: Sequence[Tensor]) -> None:
+        """`numerators` of the delta: a weight is to be moved where they are not 0."""
         if not _is_low_precision(chunk.params[0]):
             return
         self._dtypes.add(str(chunk.params[0].dtype))
-        for param, backup, move in zip(chunk.params, chunk.backups, moves, strict=True):
-            intended = move != 0
+        for param, backup, numerator in zip(chunk.params, chunk.backups, numerators, strict=True):
+            intended = numerator != 0
             self._counts.append(torch.stack([(intended & (param == backup)).sum(), intended.sum()]))
 
     def share(self) -> float:

@@ -6,6 +6,8 @@ number of steps realised so far, a rule gives the move from `w_t` to the predict
     closed form    w_hat_t - w_t = - s * lr_t * delta(state after step k)
     last update    w_hat_t - w_t = s * (lr_t / lr_{t-1}) * (w_t - w_{t-1})
 
+Both are a scale times a `Delta`.
+
 Nothing here reads a gradient, changes a tensor that it was given, or waits for a device.
 
 Source: Guan, Li, Shi, Meng, "XGrad: Boosting Gradient-Based Optimizers With Weight Prediction", IEEE TPAMI 46(10),
@@ -14,7 +16,6 @@ Source: Guan, Li, Shi, Meng, "XGrad: Boosting Gradient-Based Optimizers With Wei
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,17 +24,61 @@ from torch import Tensor
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
-Direction = Callable[[Sequence[Tensor], Sequence[State], Group], list[Tensor]]
-DirectionT = TypeVar("DirectionT", bound=Direction)
 
 RULES = ("auto", "closed_form", "last_update")
+
+
+class Delta(NamedTuple):
+    """`factor * numerator / denominator` for each parameter, not worked out: a kernel then does it all in one pass.
+
+    Attributes:
+        numerators: one tensor per parameter, never written to: they may be the optimizer's own.
+        denominators: tensors of the same shapes that are this object's own; None stands for 1.
+        factors: a number for each parameter, or a 1-d tensor of them on the device; None stands for 1.
+    """
+
+    numerators: Sequence[Tensor]
+    denominators: list[Tensor] | None = None
+    factors: list[float] | Tensor | None = None
+
+    def moves(self, scale: float | Tensor) -> list[Tensor]:
+        """`scale * delta` as new tensors."""
+        if self.denominators is None:
+            moves = torch._foreach_mul(list(self.numerators), 1.0)
+        else:
+            moves = torch._foreach_div(list(self.numerators), self.denominators)
+        if self.factors is not None:
+            torch._foreach_mul_(moves, _each(self.factors))
+        torch._foreach_mul_(moves, scale)
+        return list(moves)
+
+    def add_to_(self, params: list[Tensor], scale: float | Tensor) -> None:
+        """Adds `scale * delta` to `params`; uses the denominators up."""
+        if self.denominators is None or self.factors is None:
+            if isinstance(scale, Tensor):
+                torch._foreach_add_(params, self.moves(scale))
+            else:
+                torch._foreach_add_(params, list(self.numerators), alpha=scale)
+        elif isinstance(scale, Tensor) or isinstance(self.factors, Tensor):
+            device = scale.device if isinstance(scale, Tensor) else None
+            factors = self.factors if isinstance(self.factors, Tensor) else _vector(self.factors, device)
+            # A factor or scale of 0 makes the denominator infinite, and the move 0.
+            torch._foreach_div_(self.denominators, _each(scale * factors))
+            torch._foreach_addcdiv_(params, list(self.numerators), self.denominators)
+        else:
+            scales = [scale * factor for factor in self.factors]
+            torch._foreach_addcdiv_(params, list(self.numerators), self.denominators, scales)
+
+
+Direction = Callable[[Sequence[Tensor], Sequence[State], Group], Sequence[Tensor] | Delta]
+DirectionT = TypeVar("DirectionT", bound=Direction)
 
 
 class ClosedForm(NamedTuple):
     """How one optimizer class moves, read from its state.
 
     Attributes:
-        direction: `(params, states, group) -> deltas`, one new tensor per parameter.
+        direction: `(params, states, group) -> delta`, one tensor per parameter or a `Delta`.
         decay: `group -> share` of the weights that decoupled weight decay removes in the coming step, or None.
         unless: `group -> reason` why this group's state does not determine its direction, or None where it does.
     """
@@ -80,8 +125,8 @@ def register_rule(
             Such a group follows the last update instead (or is refused with `rule="closed_form"`).
 
     The function takes `(params, states, group)`: the parameters of one group on one device and of one dtype, the
-    optimizer's state of each (never empty), and the group's settings. It returns one *new* tensor per parameter, of
-    the parameter's shape. A later registration for the same class replaces the earlier.
+    optimizer's state of each (never empty), and the group's settings. It returns one tensor per parameter, of the
+    parameter's shape; they are not written to. A later registration for the same class replaces the earlier.
 
     Raises:
         TypeError: `optimizer_class` is neither a class nor a string.
@@ -127,19 +172,14 @@ def register_rule(
     return register
 
 
-def last_update(params: Sequence[Tensor], previous: Sequence[Tensor], scale: float | Tensor) -> list[Tensor]:
-    """Universal rule: the last realised update once more.
-
-        w_hat_t - w_t = scale * (w_t - w_{t-1}),    scale = s * lr_t / lr_{t-1}
+def last_update(params: Sequence[Tensor], previous: Sequence[Tensor]) -> Delta:
+    """Universal rule: the last realised update, `w_t - w_{t-1}`; its scale is `last_update_scale`.
 
     Args:
         params: `w_t`.
         previous: `w_{t-1}`, shapes as `params`.
-        scale: see `last_update_scale`.
     """
-    moves = torch._foreach_sub(list(params), list(previous))
-    torch._foreach_mul_(moves, scale)
-    return list(moves)
+    return Delta(torch._foreach_sub(list(params), list(previous)))
 
 
 def last_update_scale(steps: float, lr: Any, previous_lr: Any) -> float | Tensor:
@@ -166,21 +206,17 @@ def state_steps(states: Sequence[State]) -> list[float] | Tensor:
     return stacked.tolist() if stacked.device.type == "cpu" else stacked
 
 
-def bias_corrections(
-    beta: float | Tensor, steps: list[float] | Tensor, *, before_first_step: float
-) -> list[float] | list[Tensor]:
-    """`1 - beta^k` for each `k` of `steps`, and `before_first_step` where `k` is 0."""
+def bias_corrections(beta: float | Tensor, steps: list[float] | Tensor) -> list[float] | Tensor:
+    """`1 - beta^k` for each `k` of `steps`; 1-d where `beta` or `steps` is a tensor."""
     if isinstance(steps, list) and not isinstance(beta, Tensor):
-        return [1 - beta**k if k > 0 else before_first_step for k in steps]
+        return [1 - beta**k for k in steps]
     device = steps.device if isinstance(steps, Tensor) else beta.device if isinstance(beta, Tensor) else None
-    # In double precision, as the fused kernels have it: 1 - 0.999^k loses four digits in single. MPS has no doubles.
-    dtype = torch.float32 if device is not None and device.type == "mps" else torch.float64
-    k = torch.as_tensor(steps, dtype=dtype, device=device)
-    beta = beta.to(device, dtype).reshape(()) if isinstance(beta, Tensor) else beta
-    return list(torch.where(k > 0, 1 - beta**k, before_first_step).unbind())
+    # In double precision, as the fused kernels have it: 1 - 0.999^k loses four digits in single.
+    k = _vector(steps, device)
+    return 1 - (beta.to(device, k.dtype).reshape(()) if isinstance(beta, Tensor) else beta) ** k
 
 
-def adaptive_direction(
+def adaptive_delta(
     exp_avgs: Sequence[Tensor],
     second_moments: Sequence[Tensor],
     steps: list[float] | Tensor,
@@ -188,13 +224,17 @@ def adaptive_direction(
     eps: float,
     *,
     eps_in_root: bool = False,
-) -> list[Tensor]:
+) -> Delta:
     """Direction of the Adam family.
 
         delta = (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps)
         delta = (m / (1 - b1^k)) / sqrt((v + eps) / (1 - b2^k))        with `eps_in_root`
 
-    and 0 for a parameter whose `k` is 0 (a state that a skipped first step has left empty).
+    and 0 for a parameter whose `k` is 0 (a state that a skipped first step has left empty). Worked out with
+    `r = sqrt(1 - b2^k)`, which spares two passes over the weights:
+
+        delta = (r / (1 - b1^k)) * m / (sqrt(v) + r * eps)
+        delta = (r / (1 - b1^k)) * m / sqrt(v + eps)
 
     Args:
         exp_avgs: `m`, one tensor per parameter.
@@ -205,21 +245,48 @@ def adaptive_direction(
         eps_in_root: whether eps stands under the square root.
     """
     beta1, beta2 = betas
-    # Dividing by an infinite correction makes the direction of a parameter without steps 0.
-    correction1 = bias_corrections(beta1, steps, before_first_step=math.inf)
-    correction2 = bias_corrections(beta2, steps, before_first_step=1.0)
-    # With eps = 0, an element that never had a gradient would be 0 / 0: it is not heading anywhere.
-    eps = eps or torch.finfo(exp_avgs[0].dtype).tiny
+    correction1, correction2 = bias_corrections(beta1, steps), bias_corrections(beta2, steps)
+    floor = _smallest(exp_avgs[0].dtype)
+    factors: list[float] | Tensor
+    offsets: list[float] | Tensor
+    if isinstance(correction1, Tensor) or isinstance(correction2, Tensor):
+        device = next(c.device for c in (correction1, correction2) if isinstance(c, Tensor))
+        c1, c2 = _vector(correction1, device), _vector(correction2, device)
+        root = c2.sqrt()
+        factors = torch.where(c1 > 0, root / torch.where(c1 > 0, c1, 1.0), 0.0)
+        offsets = (root * eps).clamp_min(floor)
+    else:
+        roots = [c**0.5 for c in correction2]
+        factors = [r / c if c > 0 else 0.0 for r, c in zip(roots, correction1, strict=True)]
+        offsets = [max(r * eps, floor) for r in roots]
     if eps_in_root:
-        denominators = torch._foreach_add(list(second_moments), eps)
+        denominators = torch._foreach_add(list(second_moments), max(eps, floor))
         torch._foreach_sqrt_(denominators)
     else:
         denominators = torch._foreach_sqrt(list(second_moments))
-    torch._foreach_div_(denominators, [c**0.5 for c in correction2])
-    if not eps_in_root:
-        torch._foreach_add_(denominators, eps)
-    torch._foreach_mul_(denominators, correction1)
-    return list(torch._foreach_div(list(exp_avgs), denominators))
+        torch._foreach_add_(denominators, _each(offsets))
+    return Delta(exp_avgs, list(denominators), factors)
+
+
+def _vector(values: list[float] | Tensor, device: torch.device | None) -> Tensor:
+    """Numbers in the best precision that the device has; MPS has no doubles."""
+    single = device is not None and device.type == "mps"
+    return torch.as_tensor(values, dtype=torch.float32 if single else torch.float64, device=device)
+
+
+def _each(values: list[float] | Tensor) -> list[float] | list[Tensor]:
+    """A list for multi-tensor kernels: numbers as they are, the elements of a 1-d tensor without dimensions."""
+    return list(values.unbind()) if isinstance(values, Tensor) else values
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """A number that vanishes beside any other of `dtype`, for denominators that would be 0.
+
+    Such an element never had a gradient, or its parameter never had a step: it is not heading anywhere.
+    """
+    limits = torch.finfo(dtype)
+    # float16 has too few exponents to spare its subnormal numbers.
+    return limits.tiny * limits.eps if dtype is torch.float16 else limits.tiny
 
 
 def _decoupled_decay(group: Group) -> float | Tensor:
@@ -241,22 +308,21 @@ def sgd_direction(params: Sequence[Tensor], states: Sequence[State], group: Grou
     The buffer already holds weight decay, dampening and the sign of `maximize`, as torch.optim applies them to the
     gradient before it enters the buffer.
     """
-    # The buffer is the optimizer's own: the caller scales what it gets.
-    return list(torch._foreach_mul([state["momentum_buffer"] for state in states], 1.0))
+    return [state["momentum_buffer"] for state in states]
 
 
 @register_rule(torch.optim.AdamW, decay=_decoupled_decay)
 @register_rule(
     torch.optim.Adam, decay=lambda group: _decoupled_decay(group) if group.get("decoupled_weight_decay") else 0.0
 )
-def adam_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
+def adam_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
     """Adam and AdamW: `delta = (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps)`.
 
     With `amsgrad`, `v` is the running maximum. `m` already has the sign of `maximize`, as torch.optim negates the
     gradient before it enters the moments.
     """
     second_moment = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-    return adaptive_direction(
+    return adaptive_delta(
         [state["exp_avg"] for state in states],
         [state[second_moment] for state in states],
         state_steps(states),
@@ -279,7 +345,7 @@ def _adabelief_decay(group: Group) -> float | Tensor:
 
 
 @register_rule("pytorch_optimizer.optimizer.adabelief.AdaBelief", decay=_adabelief_decay, unless=_adabelief_variant)
-def adabelief_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
+def adabelief_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
     """AdaBelief of the pytorch-optimizer library: `delta = (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps)`.
 
     `v` is the moving average of `(g - m)^2`, to which that library adds eps at every step; with `ams_bound`, its
@@ -289,7 +355,7 @@ def adabelief_direction(params: Sequence[Tensor], states: Sequence[State], group
     arXiv 2010.07468.
     """
     second_moment = "max_exp_avg_var" if group["ams_bound"] else "exp_avg_var"
-    return adaptive_direction(
+    return adaptive_delta(
         [state["exp_avg"] for state in states],
         [state[second_moment] for state in states],
         [float(group["step"])] * len(states),
@@ -299,9 +365,9 @@ def adabelief_direction(params: Sequence[Tensor], states: Sequence[State], group
 
 
 @register_rule("hf_xgrad.optim.AdaM3", decay=_decoupled_decay)
-def adam3_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
+def adam3_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
     """AdaM3: `delta = (m / (1 - b1^k)) / sqrt((v + eps) / (1 - b2^k))`, `v` being the moving average of `m^2`."""
-    return adaptive_direction(
+    return adaptive_delta(
         [state["exp_avg"] for state in states],
         [state["exp_avg_var"] for state in states],
         state_steps(states),

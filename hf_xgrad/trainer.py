@@ -33,6 +33,7 @@ logger = logging.get_logger(__name__)
 XGRAD_STATE_NAME = "xgrad.safetensors"
 
 _IN_BACKWARD = "it updates the weights inside backward, so that the predicted weights would be updated"
+_WAY_OUT = "Choose another optimizer, or switch XGrad off (xgrad=False)."
 _EXTRAPOLATED = "it already trains at an extrapolated point"
 # The eps of these stands among squared gradients: `adam_epsilon` counts only where it is not its default of 1e-8.
 _SMALL_EPSILON = {"adabelief": 1e-16, "adam3": 1e-16}
@@ -214,20 +215,41 @@ class XGradMixin(_Trainer):
             check_optimizer(optimizer, config)
             return
         given = self.optimizer_cls_and_kwargs
-        name = str(getattr(args.optim, "value", args.optim))
-        reason = None
-        if given is not None:
-            reason = refusal(given[0])
-            if "optimizer_dict" in given[1]:
-                reason = f"{given[0].__name__} is refused: {_IN_BACKWARD}"
-        elif name in _REFUSED_OPTIMIZERS:
-            reason = f"optim={name!r} is refused: {_REFUSED_OPTIMIZERS[name]}"
+        if given is None:
+            self.check_arguments(args, config, self.model)
+            return
+        reason = refusal(given[0])
+        if "optimizer_dict" in given[1]:
+            reason = f"{given[0].__name__} is refused: {_IN_BACKWARD}"
         if reason is not None:
-            raise ValueError(f"XGrad: {reason}. Choose another optimizer, or switch XGrad off (xgrad=False).")
-        if given is None and (name in EXTRA_OPTIMIZERS or config.rule == "closed_form"):
-            given = self.get_optimizer_cls_and_kwargs(args, self.model)
-        if config.rule == "closed_form" and given is not None:
+            raise ValueError(f"XGrad: {reason}. {_WAY_OUT}")
+        if config.rule == "closed_form":
             _check_closed_form(given[0], given[1], config)
+
+    @classmethod
+    def check_arguments(cls, args: TrainingArguments, config: XGradConfig | None = None, model: Any = None) -> None:
+        """Refuses arguments with which a trainer would be refused, before there is a model.
+
+        Args:
+            args: arguments of the run.
+            config: settings of XGrad; by default those of `args`.
+            model: the model, for optimizers that are set up by its modules; these are not looked into without it.
+
+        Raises:
+            ValueError: `optim` is refused, `optim_args` are wrong, or `xgrad_rule="closed_form"` has none.
+            ImportError: `optim` needs a library that is not installed.
+        """
+        config = config or XGradConfig.from_args(args)
+        if not config.enabled or config.steps == 0:
+            return
+        name = str(getattr(args.optim, "value", args.optim))
+        if name in _REFUSED_OPTIMIZERS:
+            raise ValueError(f"XGrad: optim={name!r} is refused: {_REFUSED_OPTIMIZERS[name]}. {_WAY_OUT}")
+        wants_form = config.rule == "closed_form" and (model is not None or not args.optim_target_modules)
+        if name in EXTRA_OPTIMIZERS or wants_form:
+            optimizer_class, kwargs = cls.get_optimizer_cls_and_kwargs(args, model)
+            if wants_form:
+                _check_closed_form(optimizer_class, kwargs, config)
 
 
 def _check_closed_form(optimizer_class: Any, kwargs: dict[str, Any], config: XGradConfig) -> None:

@@ -1,20 +1,15 @@
 """Loads what the model flags name: configuration, tokenizer, weights; what cannot be loaded is named in one line."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from script_arguments import InputError, ModelArguments, one_line
+from script_arguments import InputError, ModelArguments, as_input_error
 
 
-@contextmanager
-def _loading(what: str, name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the {what} {name}: {one_line(error)}") from error
+def _loading(what: str, name: str) -> AbstractContextManager[None]:
+    return as_input_error(OSError, ValueError, prefix=f"cannot load the {what} {name}: ")
 
 
 def _hub_settings(model_args: ModelArguments) -> dict[str, Any]:

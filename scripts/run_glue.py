@@ -30,7 +30,7 @@ from glue_tasks import HUB_NAME, TextMetric
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
 from pretrained import ensure_padding, load_config, load_model, load_tokenizer
 from run_results import compare, format_comparison, write_comparison, write_predictions
-from script_arguments import InputError, ModelArguments, RunArguments, ScriptParser, one_line, run_script
+from script_arguments import InputError, ModelArguments, RunArguments, ScriptParser, as_input_error, run_script
 from training_runs import baseline_folder, finish, prepare_folder, set_up_logging, train
 
 PROG = "run_glue.py"
@@ -88,6 +88,8 @@ def _check(model_args: ModelArguments, run_args: RunArguments, args: XGradTraini
         raise InputError("--baseline runs with XGrad on and off: it excludes --no_xgrad")
     if run_args.baseline and args.resume_from_checkpoint:
         raise InputError("--baseline resumes each run from its own folder: it excludes --resume_from_checkpoint")
+    with as_input_error(ValueError, ImportError):
+        XGradTrainer.check_arguments(args)
 
 
 def _check_best_metric(args: XGradTrainingArguments, data: GlueData) -> None:
@@ -191,7 +193,7 @@ def _make_trainer(
 ) -> XGradTrainer:
     # Tensor cores want lengths that are multiples of eight.
     multiple = 8 if (args.fp16 or args.bf16) and args.device.type == "cuda" else None
-    try:
+    with as_input_error(ValueError, ImportError):
         return XGradTrainer(
             model=model,
             args=args,
@@ -201,8 +203,6 @@ def _make_trainer(
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple),
         )
-    except (ValueError, ImportError) as error:
-        raise InputError(one_line(error)) from error
 
 
 def _classes_or_scores(predictions: Any, data: GlueData, numbers: Sequence[int]) -> np.ndarray:

@@ -5,7 +5,8 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -80,6 +81,15 @@ class RunArguments:
 def one_line(error: object) -> str:
     """Return an error's message without line breaks, so that it can stand after `script.py: error:`."""
     return re.sub(r"\s+", " ", str(error)).strip()
+
+
+@contextmanager
+def as_input_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Turn errors that are the caller's to mend into an InputError."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(prefix + one_line(error)) from error
 
 
 def describe_choices(name: str, choices: Sequence[str]) -> str:

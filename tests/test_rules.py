@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from hf_xgrad import WeightPredictor, XGradConfig, register_rule
 from hf_xgrad.optim import AdaM3
 from hf_xgrad.rules import (
-    adaptive_direction,
+    Delta,
+    adaptive_delta,
     bias_corrections,
     closed_form_of,
     last_update,
@@ -178,21 +178,42 @@ def test_steps_that_live_on_the_device_are_corrected_there() -> None:
     """What a GPU does for fused and capturable optimizers: no number leaves the device."""
     steps = [0.0, 1.0, 7.0, 2000.0]
     for beta in (0.0, 0.9, 0.999):
-        on_host = bias_corrections(beta, steps, before_first_step=math.inf)
-        on_device = bias_corrections(beta, torch.tensor(steps), before_first_step=math.inf)
-        assert all(isinstance(c, Tensor) and c.dim() == 0 for c in on_device)
-        assert [float(c) for c in on_device] == pytest.approx(on_host, rel=1e-12)
-        with_tensor_beta = bias_corrections(torch.tensor(beta, dtype=torch.float64), steps, before_first_step=math.inf)
-        assert [float(c) for c in with_tensor_beta] == pytest.approx(on_host, rel=1e-12)
+        on_host = bias_corrections(beta, steps)
+        on_device = bias_corrections(beta, torch.tensor(steps))
+        assert isinstance(on_host, list)
+        assert isinstance(on_device, Tensor)
+        assert on_device.tolist() == pytest.approx(on_host, rel=1e-12)
+        with_tensor_beta = bias_corrections(torch.tensor(beta, dtype=torch.float64), steps)
+        assert isinstance(with_tensor_beta, Tensor)
+        assert with_tensor_beta.tolist() == pytest.approx(on_host, rel=1e-12)
     m, v = [torch.randn(3) for _ in steps], [torch.rand(3) for _ in steps]
-    pair = [
-        adaptive_direction(m, v, k, (0.9, 0.999), 1e-8, eps_in_root=root)
-        for root in (False, True)
-        for k in (steps, torch.tensor(steps))
-    ]
-    for host, device in (pair[:2], pair[2:]):
-        for a, b in zip(host, device, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    for root in (False, True):
+        for scale in (-0.3, torch.tensor(-0.3)):
+            host, device = (
+                adaptive_delta(m, v, k, (0.9, 0.999), 1e-8, eps_in_root=root) for k in (steps, torch.tensor(steps))
+            )
+            for a, b in zip(host.moves(scale), device.moves(scale), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, torch.tensor(-0.3), torch.tensor(0.0)])
+@pytest.mark.parametrize("kind", ["adaptive", "plain"])
+def test_adding_a_delta_is_adding_its_moves(kind: str, scale: Any, on_device: bool) -> None:
+    """Whichever kernels it takes."""
+
+    def delta() -> Delta:
+        generator = torch.Generator().manual_seed(0)
+        m, v = ([torch.rand(3, generator=generator, dtype=torch.float64) for _ in range(2)] for _ in range(2))
+        steps: Any = torch.tensor([0.0, 3.0]) if on_device else [0.0, 3.0]
+        return adaptive_delta(m, v, steps, (0.9, 0.999), 1e-8) if kind == "adaptive" else Delta(m)
+
+    params = [torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)]
+    delta().add_to_(params, scale)
+    for param, move in zip(params, delta().moves(scale), strict=True):
+        torch.testing.assert_close(param, 1 + move, rtol=1e-7, atol=0)
+    assert bool((params[1] != 1).all()) is bool(scale != 0)
+    assert torch.equal(params[0], torch.ones_like(params[0])) is (kind == "adaptive" or bool(scale == 0))
 
 
 @pytest.mark.parametrize("eps", [1e-8, 0.0])
@@ -202,8 +223,11 @@ def test_state_without_a_step_predicts_nothing(eps: float, on_device: bool, eps_
     """Invariant 9: the fused AdamW under a skipping GradScaler leaves step 0 and empty moments."""
     zeros = [torch.zeros(3), torch.zeros(2)]
     steps: Any = torch.zeros(2) if on_device else [0.0, 0.0]
-    for delta in adaptive_direction(zeros, zeros, steps, (0.9, 0.999), eps, eps_in_root=eps_in_root):
-        assert torch.equal(delta, torch.zeros_like(delta))
+    delta = adaptive_delta(zeros, zeros, steps, (0.9, 0.999), eps, eps_in_root=eps_in_root)
+    assert all(torch.equal(move, torch.zeros_like(move)) for move in delta.moves(2.0))
+    params = [torch.ones(3), torch.ones(2)]
+    delta.add_to_(params, 2.0)
+    assert all(torch.equal(param, torch.ones_like(param)) for param in params)
 
 
 def test_element_without_gradient_stands_still_at_eps_zero() -> None:
@@ -258,7 +282,7 @@ def test_scale_of_the_last_update() -> None:
 
 def test_last_update_leaves_its_arguments_alone() -> None:
     w, previous = [torch.tensor([3.0, 5.0])], [torch.tensor([1.0, 6.0])]
-    assert torch.equal(last_update(w, previous, 0.5)[0], torch.tensor([1.0, -0.5]))
+    assert torch.equal(last_update(w, previous).moves(0.5)[0], torch.tensor([1.0, -0.5]))
     assert torch.equal(w[0], torch.tensor([3.0, 5.0]))
     assert torch.equal(previous[0], torch.tensor([1.0, 6.0]))
 

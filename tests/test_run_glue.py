@@ -610,6 +610,7 @@ FAULTS: dict[str, Callable[[Path], tuple[tuple[str, ...], str]]] = {
     "steps": lambda _: (("--xgrad_steps", "many"), "--xgrad_steps"),
     "rule": lambda _: (("--xgrad_rule", "guess"), "guess"),
     "closed form": lambda _: (("--xgrad_rule", "closed_form", "--optim", "nadam"), "closed_form"),
+    "optimizer's setting": lambda _: (("--optim", "adam3", "--optim_args", "speed=2"), "adam3 takes no 'speed'"),
     "missing file": lambda _: (("--train_file", "nowhere.csv"), "cannot read nowhere.csv: No such file"),
     "missing test file": lambda _: (("--test_file", "nowhere.csv"), "cannot read nowhere.csv: No such file"),
     "kind of file": lambda _: (("--train_file", "rows.xlsx"), "rows.xlsx: unknown kind of file"),
@@ -707,6 +708,16 @@ def test_wrong_input_is_one_line_before_any_training(
     assert named in errors[0]
     assert shown.out == ""
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "flags", [("--optim", "schedule_free_adamw"), ("--xgrad_rule", "closed_form", "--optim", "adafactor")]
+)
+def test_what_xgrad_refuses_is_said_before_a_model_is_loaded(
+    tmp_path: Path, model: str, data: tuple[str, ...], flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_glue, "load_config", lambda *_: pytest.fail("loaded"))
+    assert run_glue.main([*new_model(model), *data, "--do_train", "--output_dir", str(tmp_path), *flags, *QUIET]) == 2
 
 
 def test_no_model_and_no_data(
