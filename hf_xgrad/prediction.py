@@ -19,8 +19,10 @@ from hf_xgrad.rules import ClosedForm, Delta, Group, State, closed_form_of, last
 if TYPE_CHECKING:
     from hf_xgrad.arguments import XGradConfig
 
-# Elements worked on at a time: bounds the temporaries beside the backup, and keeps them in reach of a cache.
+# Elements worked on at a time: bounds the temporaries beside the backup.
 _CHUNK_ELEMENTS = 2**24
+
+WAY_OUT = "Choose another optimizer, or switch XGrad off (xgrad=False)."
 
 # What cannot be right under any rule, told by what the optimizer (or its class) offers, not by its name.
 _REFUSALS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -35,8 +37,8 @@ _REFUSALS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("train", "eval"),
-        "switches its weights between training and evaluation (Schedule-Free): it already trains at an extrapolated "
-        "point",
+        "switches its weights between training and evaluation, as Schedule-Free does, which already trains at an "
+        "extrapolated point",
     ),
 )
 
@@ -71,7 +73,7 @@ def check_optimizer(optimizer: Optimizer, config: XGradConfig) -> None:
     optimizer = unwrap_optimizer(optimizer)
     reason = refusal(optimizer)
     if reason is not None:
-        raise ValueError(f"XGrad: {reason}. Choose another optimizer, or switch XGrad off (xgrad=False).")
+        raise ValueError(f"XGrad: {reason}. {WAY_OUT}")
     for group in optimizer.param_groups:
         _form(type(optimizer), group, config.rule)
         if any(hasattr(p, "to_local") for p in group["params"]):

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_xgrad.arguments import EXTRA_OPTIMIZERS, XGradConfig
 from hf_xgrad.optim import AdaM3
-from hf_xgrad.prediction import WeightPredictor, check_optimizer, refusal
+from hf_xgrad.prediction import WAY_OUT, WeightPredictor, check_optimizer, refusal
 from hf_xgrad.rules import closed_form_of
 
 # To a type checker the mixin is a Trainer; at run time it is mixed into one.
@@ -33,7 +33,6 @@ logger = logging.get_logger(__name__)
 XGRAD_STATE_NAME = "xgrad.safetensors"
 
 _IN_BACKWARD = "it updates the weights inside backward, so that the predicted weights would be updated"
-_WAY_OUT = "Choose another optimizer, or switch XGrad off (xgrad=False)."
 _EXTRAPOLATED = "it already trains at an extrapolated point"
 # The eps of these stands among squared gradients: `adam_epsilon` counts only where it is not its default of 1e-8.
 _SMALL_EPSILON = {"adabelief": 1e-16, "adam3": 1e-16}
@@ -222,7 +221,7 @@ class XGradMixin(_Trainer):
         if "optimizer_dict" in given[1]:
             reason = f"{given[0].__name__} is refused: {_IN_BACKWARD}"
         if reason is not None:
-            raise ValueError(f"XGrad: {reason}. {_WAY_OUT}")
+            raise ValueError(f"XGrad: {reason}. {WAY_OUT}")
         if config.rule == "closed_form":
             _check_closed_form(given[0], given[1], config)
 
@@ -244,7 +243,7 @@ class XGradMixin(_Trainer):
             return
         name = str(getattr(args.optim, "value", args.optim))
         if name in _REFUSED_OPTIMIZERS:
-            raise ValueError(f"XGrad: optim={name!r} is refused: {_REFUSED_OPTIMIZERS[name]}. {_WAY_OUT}")
+            raise ValueError(f"XGrad: optim={name!r} is refused: {_REFUSED_OPTIMIZERS[name]}. {WAY_OUT}")
         wants_form = config.rule == "closed_form" and (model is not None or not args.optim_target_modules)
         if name in EXTRA_OPTIMIZERS or wants_form:
             optimizer_class, kwargs = cls.get_optimizer_cls_and_kwargs(args, model)

@@ -99,7 +99,7 @@ def _show(data: Path, runs: dict[str, Path], plot: Path) -> None:
     rows.append(["majority guess", None, None, *_majority_scores(data)])
     print()
     print(format_table(("", "final train loss", "eval loss", "accuracy", "Matthews"), rows))
-    print("\nOne run each: with another --seed either may come out ahead; over eight seeds they were even here.")
+    print("\nOne run each: with another --seed either may come out ahead.")
     print(f"Loss curves: {plot}")
 
 
