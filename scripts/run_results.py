@@ -9,7 +9,7 @@ from typing import Any
 Row = tuple[str, float, float, float]
 RESUMED = "train_resumed_at_step"
 # Metrics of a Trainer which do not say how well the model does.
-_BOOKKEEPING = ("_per_second", "_samples", "eval_runtime", "epoch", "total_flos")
+_BOOKKEEPING = ("_per_second", "_samples", "_runtime", "epoch", "total_flos")
 
 
 def write_json(path: Path, content: Any) -> None:
