@@ -52,6 +52,11 @@ class XGradConfig:
         if self.rule not in RULES:
             raise ValueError(f"xgrad_rule={self.rule!r}: must be one of {', '.join(RULES)}")
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is predicted at all."""
+        return self.enabled and self.steps != 0
+
     @classmethod
     def from_args(cls, args: Any) -> XGradConfig:
         """The settings in the `xgrad*` fields of `args`, and the defaults where it has none."""

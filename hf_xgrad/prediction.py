@@ -22,22 +22,16 @@ if TYPE_CHECKING:
 # Elements worked on at a time: bounds the temporaries beside the backup.
 _CHUNK_ELEMENTS = 2**24
 
-WAY_OUT = "Choose another optimizer, or switch XGrad off (xgrad=False)."
-
+IN_BACKWARD = (
+    "it updates the weights inside backward, so that the predicted weights would be updated instead of the true ones"
+)
 # What cannot be right under any rule, told by what the optimizer (or its class) offers, not by its name.
 _REFUSALS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("fused_backward",),
-        "updates the weights inside backward, so that the predicted weights would be updated instead of the true ones",
-    ),
-    (
-        ("optimizer_dict",),
-        "is layer-wise: it updates each weight inside backward, so that the predicted weights would be updated "
-        "instead of the true ones",
-    ),
+    (("fused_backward",), IN_BACKWARD),
+    (("optimizer_dict",), f"it is layer-wise: {IN_BACKWARD}"),
     (
         ("train", "eval"),
-        "switches its weights between training and evaluation, as Schedule-Free does, which already trains at an "
+        "it switches its weights between training and evaluation, as Schedule-Free does, which already trains at an "
         "extrapolated point",
     ),
 )
@@ -45,11 +39,17 @@ _REFUSALS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 def refusal(optimizer: Optimizer | type) -> str | None:
     """Why weights cannot be predicted for `optimizer` (an instance or a class); None where they can."""
-    name = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
     for attributes, reason in _REFUSALS:
         if all(hasattr(optimizer, attribute) for attribute in attributes):
-            return f"{name} {reason}"
+            return reason
     return None
+
+
+def refused(name: str, reason: str) -> ValueError:
+    """The error for an optimizer that cannot be right, with the way out."""
+    return ValueError(
+        f"XGrad: {name} is refused: {reason}. Choose another optimizer, or switch XGrad off (xgrad=False)."
+    )
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -73,9 +73,9 @@ def check_optimizer(optimizer: Optimizer, config: XGradConfig) -> None:
     optimizer = unwrap_optimizer(optimizer)
     reason = refusal(optimizer)
     if reason is not None:
-        raise ValueError(f"XGrad: {reason}. {WAY_OUT}")
+        raise refused(type(optimizer).__name__, reason)
     for group in optimizer.param_groups:
-        _form(type(optimizer), group, config.rule)
+        form_of_group(type(optimizer), group, config.rule)
         if any(hasattr(p, "to_local") for p in group["params"]):
             raise ValueError(
                 "XGrad: sharded parameters (DTensor) are not supported yet. Train with DDP or on one device, or "
@@ -83,7 +83,7 @@ def check_optimizer(optimizer: Optimizer, config: XGradConfig) -> None:
             )
 
 
-def _form(optimizer_class: type, group: Group, rule: str) -> ClosedForm | None:
+def form_of_group(optimizer_class: type, group: Group, rule: str) -> ClosedForm | None:
     """The closed form that `rule` gives a group of an optimizer of exactly this class; None for the universal rule."""
     if rule == "last_update":
         return None
@@ -166,7 +166,7 @@ class WeightPredictor:
             )
         self.optimizer = unwrap_optimizer(optimizer)
         self.config = config
-        self._active = config.enabled and config.steps != 0
+        self._active = config.active
         self._inside = False
         self._backups: dict[Tensor, Tensor] = {}
         self._moved: list[_Chunk] = []  # chunks that hold predicted weights right now
@@ -349,7 +349,7 @@ class WeightPredictor:
 
     def _form(self, group: Group) -> ClosedForm | None:
         """The closed form that `group` is predicted by; None for the universal rule."""
-        return _form(type(self.optimizer), group, self.config.rule)
+        return form_of_group(type(self.optimizer), group, self.config.rule)
 
     def _universal_groups(self) -> list[Group]:
         return [group for group in self.optimizer.param_groups if self._form(group) is None]

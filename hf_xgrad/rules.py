@@ -54,11 +54,10 @@ class Delta(NamedTuple):
 
     def add_to_(self, params: list[Tensor], scale: float | Tensor) -> None:
         """Adds `scale * delta` to `params`; uses the denominators up."""
-        if self.denominators is None or self.factors is None:
-            if isinstance(scale, Tensor):
-                torch._foreach_add_(params, self.moves(scale))
-            else:
-                torch._foreach_add_(params, list(self.numerators), alpha=scale)
+        if self.denominators is None and self.factors is None and not isinstance(scale, Tensor):
+            torch._foreach_add_(params, list(self.numerators), alpha=scale)
+        elif self.denominators is None or self.factors is None:
+            torch._foreach_add_(params, self.moves(scale))
         elif isinstance(scale, Tensor) or isinstance(self.factors, Tensor):
             device = scale.device if isinstance(scale, Tensor) else None
             factors = self.factors if isinstance(self.factors, Tensor) else _vector(self.factors, device)

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_xgrad.arguments import EXTRA_OPTIMIZERS, XGradConfig
 from hf_xgrad.optim import AdaM3
-from hf_xgrad.prediction import WAY_OUT, WeightPredictor, check_optimizer, refusal
+from hf_xgrad.prediction import IN_BACKWARD, WeightPredictor, check_optimizer, form_of_group, refusal, refused
 from hf_xgrad.rules import closed_form_of
 
 # To a type checker the mixin is a Trainer; at run time it is mixed into one.
@@ -32,7 +32,6 @@ logger = logging.get_logger(__name__)
 
 XGRAD_STATE_NAME = "xgrad.safetensors"
 
-_IN_BACKWARD = "it updates the weights inside backward, so that the predicted weights would be updated"
 _EXTRAPOLATED = "it already trains at an extrapolated point"
 # The eps of these stands among squared gradients: `adam_epsilon` counts only where it is not its default of 1e-8.
 _SMALL_EPSILON = {"adabelief": 1e-16, "adam3": 1e-16}
@@ -40,12 +39,12 @@ _DEFAULT_EPSILON = TrainingArguments.__dataclass_fields__["adam_epsilon"].defaul
 
 # Values of `optim` that are refused, with the reason.
 _REFUSED_OPTIMIZERS = {
-    "lomo": _IN_BACKWARD,
-    "adalomo": _IN_BACKWARD,
-    "galore_adamw_layerwise": _IN_BACKWARD,
-    "galore_adamw_8bit_layerwise": _IN_BACKWARD,
-    "galore_adafactor_layerwise": _IN_BACKWARD,
-    "apollo_adamw_layerwise": _IN_BACKWARD,
+    "lomo": IN_BACKWARD,
+    "adalomo": IN_BACKWARD,
+    "galore_adamw_layerwise": IN_BACKWARD,
+    "galore_adamw_8bit_layerwise": IN_BACKWARD,
+    "galore_adafactor_layerwise": IN_BACKWARD,
+    "apollo_adamw_layerwise": IN_BACKWARD,
     "schedule_free_radam": _EXTRAPOLATED,
     "schedule_free_adamw": _EXTRAPOLATED,
     "schedule_free_sgd": _EXTRAPOLATED,
@@ -126,7 +125,7 @@ class XGradMixin(_Trainer):
     def _get_predictor(self) -> WeightPredictor | None:
         config = self.xgrad_config
         optimizer = self.optimizer
-        if not config.enabled or config.steps == 0 or optimizer is None:
+        if not config.active or optimizer is None:
             return None
         if self._predictor is None:
             self._predictor = WeightPredictor(optimizer, config)
@@ -200,7 +199,7 @@ class XGradMixin(_Trainer):
     def _check_xgrad(self) -> None:
         """Refuses, before any training time is spent, what cannot be right."""
         config = self.xgrad_config
-        if not config.enabled or config.steps == 0:
+        if not config.active:
             return
         args = self.args
         distributed_type = self.accelerator.distributed_type
@@ -217,11 +216,9 @@ class XGradMixin(_Trainer):
         if given is None:
             self.check_arguments(args, config, self.model)
             return
-        reason = refusal(given[0])
-        if "optimizer_dict" in given[1]:
-            reason = f"{given[0].__name__} is refused: {_IN_BACKWARD}"
+        reason = IN_BACKWARD if "optimizer_dict" in given[1] else refusal(given[0])
         if reason is not None:
-            raise ValueError(f"XGrad: {reason}. {WAY_OUT}")
+            raise refused(given[0].__name__, reason)
         if config.rule == "closed_form":
             _check_closed_form(given[0], given[1], config)
 
@@ -239,11 +236,11 @@ class XGradMixin(_Trainer):
             ImportError: `optim` needs a library that is not installed.
         """
         config = config or XGradConfig.from_args(args)
-        if not config.enabled or config.steps == 0:
+        if not config.active:
             return
         name = str(getattr(args.optim, "value", args.optim))
         if name in _REFUSED_OPTIMIZERS:
-            raise ValueError(f"XGrad: optim={name!r} is refused: {_REFUSED_OPTIMIZERS[name]}. {WAY_OUT}")
+            raise refused(f"optim={name!r}", _REFUSED_OPTIMIZERS[name])
         wants_form = config.rule == "closed_form" and (model is not None or not args.optim_target_modules)
         if name in EXTRA_OPTIMIZERS or wants_form:
             optimizer_class, kwargs = cls.get_optimizer_cls_and_kwargs(args, model)
@@ -253,11 +250,9 @@ class XGradMixin(_Trainer):
 
 def _check_closed_form(optimizer_class: Any, kwargs: dict[str, Any], config: XGradConfig) -> None:
     """Tries the settings of an optimizer that is yet to be made, on one weight."""
-    if not isinstance(optimizer_class, type) or closed_form_of(optimizer_class) is None:
-        raise ValueError(
-            f"XGrad: xgrad_rule='closed_form' asks for a closed form, but {optimizer_class.__name__} has none. "
-            "Use 'auto' or 'last_update'."
-        )
+    if closed_form_of(optimizer_class) is None:
+        # Not made even for a trial: who knows what it wants. This raises, whatever the group.
+        form_of_group(optimizer_class, {"params": []}, config.rule)
     check_optimizer(optimizer_class([nn.Parameter(torch.zeros(1))], **kwargs), config)
 
 

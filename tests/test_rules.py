@@ -280,6 +280,18 @@ def test_scale_of_the_last_update() -> None:
         assert float(scale) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("scale", [-0.5, torch.tensor(-0.5)])
+@pytest.mark.parametrize("factors", [None, [3.0], torch.tensor([3.0])])
+@pytest.mark.parametrize("divided", [False, True])
+def test_any_part_of_a_delta_may_be_left_out(divided: bool, factors: Any, scale: Any) -> None:
+    delta = Delta([torch.tensor([8.0])], [torch.tensor([4.0])] if divided else None, factors)
+    expected = -0.5 * 8 / (4 if divided else 1) * (1 if factors is None else 3)
+    assert delta.moves(scale)[0].item() == expected
+    param = torch.tensor([1.0])
+    delta.add_to_([param], scale)
+    assert param.item() == 1 + expected
+
+
 def test_last_update_leaves_its_arguments_alone() -> None:
     w, previous = [torch.tensor([3.0, 5.0])], [torch.tensor([1.0, 6.0])]
     assert torch.equal(last_update(w, previous).moves(0.5)[0], torch.tensor([1.0, -0.5]))
