@@ -29,12 +29,19 @@ from glue_data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, n
 from glue_tasks import HUB_NAME, TextMetric
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
 from pretrained import ensure_padding, load_config, load_model, load_tokenizer
-from run_results import compare, format_comparison, write_comparison, write_predictions
+from run_results import write_predictions
 from script_arguments import InputError, ModelArguments, RunArguments, ScriptParser, as_input_error, run_script
-from training_runs import baseline_folder, finish, prepare_folder, set_up_logging, train
+from training_runs import (
+    check_optimizer_flags,
+    check_run,
+    finish,
+    record,
+    run_with_baseline,
+    set_up_logging,
+    train,
+)
 
 PROG = "run_glue.py"
-SHARED_SETTINGS = ("seed", "optim", "learning_rate", "xgrad_steps", "xgrad_rule", "xgrad_weight_decay")
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +65,10 @@ def _run(arguments: list[str]) -> None:
     config = load_config(model_args)
     data = read_data(data_args, args, config, {"cache_dir": model_args.cache_dir, "token": model_args.token})
     _check_best_metric(args, data)
-    runs = [args]
-    if run_args.baseline:
-        changed = ["--no_xgrad", f"--output_dir={baseline_folder(str(args.output_dir))}", "--push_to_hub=false"]
-        runs.append(parser.parse([*arguments, *changed])[-1])
-    checkpoints = [prepare_folder(each, run_args) for each in runs]
-    results = []
-    for each, checkpoint in zip(runs, checkpoints, strict=True):
-        if run_args.baseline:
-            logger.info("The run with XGrad %s, in %s", "on" if each.xgrad else "off", each.output_dir)
-        results.append(fine_tune(model_args, data_args, each, data, checkpoint))
-    if run_args.baseline and args.process_index == 0:
-        rows = compare(*results)
-        settings = {name: getattr(args, name) for name in SHARED_SETTINGS}
-        write_comparison(Path(str(args.output_dir)) / "comparison.json", rows, settings)
-        print(format_comparison(rows))
+    run_with_baseline(
+        *(parser, arguments, run_args, args),
+        lambda each, checkpoint: fine_tune(model_args, data_args, each, data, checkpoint),
+    )
 
 
 def _check(model_args: ModelArguments, run_args: RunArguments, args: XGradTrainingArguments) -> None:
@@ -80,16 +76,8 @@ def _check(model_args: ModelArguments, run_args: RunArguments, args: XGradTraini
         raise InputError("nothing to do: give --do_train, --do_eval or --do_predict")
     if model_args.model_name_or_path is None and not (model_args.config_name and model_args.tokenizer_name):
         raise InputError("no model: give --model_name_or_path, or --config_name and --tokenizer_name for a new one")
-    if args.resume_from_checkpoint and not run_args.resume:
-        raise InputError("--resume_from_checkpoint and --no_resume exclude each other")
-    if run_args.baseline and not args.do_train:
-        raise InputError("--baseline compares two trainings: it needs --do_train")
-    if run_args.baseline and not args.xgrad:
-        raise InputError("--baseline runs with XGrad on and off: it excludes --no_xgrad")
-    if run_args.baseline and args.resume_from_checkpoint:
-        raise InputError("--baseline resumes each run from its own folder: it excludes --resume_from_checkpoint")
-    with as_input_error(ValueError, ImportError):
-        XGradTrainer.check_arguments(args)
+    check_run(run_args, args)
+    check_optimizer_flags(args)
 
 
 def _check_best_metric(args: XGradTrainingArguments, data: GlueData) -> None:
@@ -122,9 +110,9 @@ def fine_tune(
     trainer = _make_trainer(model, tokenizer, args, data, inputs, numbers)
     metrics: dict[str, float] = {}
     if args.do_train:
-        metrics |= _recorded(trainer, "train", train(trainer, checkpoint))
+        metrics |= record(trainer, "train", train(trainer, checkpoint))
     if args.do_eval:
-        metrics |= _recorded(trainer, "eval", _evaluate(trainer, inputs))
+        metrics |= record(trainer, "eval", _evaluate(trainer, inputs))
     if args.do_predict:
         _predict(trainer, inputs, data, data_args, numbers)
     finish(trainer, _card(data_args, args))
@@ -224,14 +212,6 @@ def _metrics_function(data: GlueData, numbers: Sequence[int]) -> Callable[[EvalP
         return {**scores, "combined_score": float(np.mean(list(scores.values())))} if data.combined else scores
 
     return compute_metrics
-
-
-def _recorded(trainer: Trainer, kind: str, metrics: dict[str, float]) -> dict[str, float]:
-    """Show metrics and write them to <kind>_results.json and all_results.json."""
-    if metrics:
-        trainer.log_metrics(kind, metrics)
-        trainer.save_metrics(kind, metrics)
-    return metrics
 
 
 def _evaluate(trainer: Trainer, inputs: dict[str, Dataset]) -> dict[str, float]:

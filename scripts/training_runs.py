@@ -1,8 +1,12 @@
-"""A Trainer run within its output folder: start or resume, train, save, leave results and model card, push."""
+"""A Trainer run within its output folder: start or resume, train, save, leave results and model card, push.
+
+With --baseline there are two, side by side.
+"""
 
 import logging
 import math
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,15 @@ import datasets
 import transformers
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from run_results import RESUMED, read_json, write_json
-from script_arguments import InputError, RunArguments
+from hf_xgrad import XGradTrainer, XGradTrainingArguments
+from run_results import RESUMED, compare, format_comparison, read_json, write_comparison, write_json
+from script_arguments import InputError, RunArguments, ScriptParser, as_input_error
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "xgrad_settings.json"
 XGRAD_SETTINGS = ("xgrad", "xgrad_steps", "xgrad_rule", "xgrad_weight_decay")
+# What a comparison says of the two runs beside their metrics.
+SHARED_SETTINGS = ("seed", "optim", "learning_rate", "xgrad_steps", "xgrad_rule", "xgrad_weight_decay")
 # A run that ended leaves these; to train into their folder again would overwrite them.
 _FINISHED = ("*.safetensors", "*.bin", "*_results.json", "README.md", "predict_results*.tsv")
 
@@ -30,6 +37,55 @@ def set_up_logging(args: TrainingArguments, *modules: str) -> None:
     level = args.get_process_log_level()
     transformers.utils.logging.set_verbosity(level)
     datasets.utils.logging.set_verbosity(level)
+
+
+def check_run(run_args: RunArguments, args: Any) -> None:
+    """Refuse flags that exclude each other. `args` are TrainingArguments, or have those of their fields read here."""
+    if args.resume_from_checkpoint and not run_args.resume:
+        raise InputError("--resume_from_checkpoint and --no_resume exclude each other")
+    if not run_args.baseline:
+        return
+    if not args.do_train:
+        raise InputError("--baseline compares two trainings: it needs --do_train")
+    if not args.xgrad:
+        raise InputError("--baseline runs with XGrad on and off: it excludes --no_xgrad")
+    if args.resume_from_checkpoint:
+        raise InputError("--baseline resumes each run from its own folder: it excludes --resume_from_checkpoint")
+
+
+def check_optimizer_flags(args: XGradTrainingArguments) -> None:
+    """Refuse, before a model is loaded, an optimizer that the trainer would refuse."""
+    with as_input_error(ValueError, ImportError):
+        XGradTrainer.check_arguments(args)
+
+
+def run_with_baseline(
+    parser: ScriptParser,
+    arguments: Sequence[str],
+    run_args: RunArguments,
+    args: Any,
+    run: Callable[[Any, str | None], dict[str, float]],
+) -> None:
+    """Do the run that the command line `arguments` asks for; with --baseline, the one without XGrad too.
+
+    `run` gets the arguments of one run and the checkpoint to resume from, and returns its metrics. `args`, what
+    `parser` makes of `arguments` last, are TrainingArguments, or have those of their fields that are read here.
+    """
+    runs = [args]
+    if run_args.baseline:
+        changed = ["--no_xgrad", f"--output_dir={baseline_folder(str(args.output_dir))}", "--push_to_hub=false"]
+        runs.append(parser.parse([*arguments, *changed])[-1])
+    checkpoints = [prepare_folder(each, run_args) for each in runs]
+    results = []
+    for each, checkpoint in zip(runs, checkpoints, strict=True):
+        if run_args.baseline:
+            logger.info("The run with XGrad %s, in %s", "on" if each.xgrad else "off", each.output_dir)
+        results.append(run(each, checkpoint))
+    if run_args.baseline and args.process_index == 0:
+        rows = compare(*results)
+        settings = {name: getattr(args, name) for name in SHARED_SETTINGS}
+        write_comparison(Path(str(args.output_dir)) / "comparison.json", rows, settings)
+        print(format_comparison(rows))
 
 
 def baseline_folder(output_dir: str) -> str:
@@ -140,6 +196,14 @@ def _load_finished(trainer: Trainer, checkpoint: Path) -> dict[str, float]:
     if not (results / STATE_FILE).is_file():
         trainer.save_state()
     return read_json(results / "train_results.json")
+
+
+def record(trainer: Trainer, kind: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Show metrics, write them to <kind>_results.json and all_results.json, and return them."""
+    if metrics:
+        trainer.log_metrics(kind, metrics)
+        trainer.save_metrics(kind, metrics)
+    return metrics
 
 
 def finish(trainer: Trainer, card: dict[str, Any]) -> None:
