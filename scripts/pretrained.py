@@ -9,7 +9,7 @@ from script_arguments import InputError, ModelArguments, as_input_error
 
 
 def _loading(what: str, name: str) -> AbstractContextManager[None]:
-    return as_input_error(OSError, ValueError, prefix=f"cannot load the {what} {name}: ")
+    return as_input_error(OSError, ValueError, ImportError, prefix=f"cannot load the {what} {name}: ")
 
 
 def _hub_settings(model_args: ModelArguments) -> dict[str, Any]:
@@ -46,20 +46,24 @@ def ensure_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig)
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_model(auto_class: Any, model_args: ModelArguments, config: PreTrainedConfig) -> Any:
+def load_model(auto_class: Any, model_args: ModelArguments, config: PreTrainedConfig, **settings: Any) -> Any:
     """Load the weights, or make new ones where no model is named, by one of Transformers' AutoModel classes.
+
+    `settings` are further ones that `from_pretrained` and `from_config` both take.
 
     They are float32 unless --dtype says otherwise: checkpoints stored in 16 bits would be loaded so, and a predicted
     move is mostly smaller than what 16-bit weights resolve.
     """
     if model_args.model_name_or_path is None:
         kind = {} if model_args.dtype == "auto" else {"dtype": model_args.dtype}
-        return auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **kind)
+        with as_input_error(ValueError, ImportError, prefix="cannot make the model: "):
+            return auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **kind, **settings)
     with _loading("model", model_args.model_name_or_path):
         return auto_class.from_pretrained(
             model_args.model_name_or_path,
             config=config,
             dtype=model_args.dtype,
             ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+            **settings,
             **_hub_settings(model_args),
         )

@@ -9,7 +9,7 @@ from typing import Any
 Row = tuple[str, float, float, float]
 RESUMED = "train_resumed_at_step"
 # Metrics of a Trainer which do not say how well the model does.
-_BOOKKEEPING = ("_per_second", "_samples", "_runtime", "epoch", "total_flos")
+_BOOKKEEPING = ("_per_second", "_samples", "_tokens", "_runtime", "epoch", "total_flos")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -68,6 +68,11 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     history: list[dict[str, Any]] = state["log_history"]
     return history
+
+
+def first_logged(history: Iterable[Mapping[str, Any]], name: str) -> float:
+    """Return the first value that a run logged under `name`."""
+    return float(next((entry[name] for entry in history if name in entry), math.nan))
 
 
 def last_logged(history: Iterable[Mapping[str, Any]], name: str) -> float:

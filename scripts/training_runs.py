@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import transformers
 from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
 from run_results import RESUMED, compare, format_comparison, read_json, write_comparison, write_json
@@ -167,10 +168,21 @@ def _trained(trainer: Trainer, checkpoint: str | None, extra: dict[str, float]) 
     if trainer.is_world_process_zero():
         write_json(Path(str(trainer.args.output_dir)) / SETTINGS_FILE, _settings(trainer.args))
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | extra
+    tokens = trainer.state.num_input_tokens_seen - _tokens_seen(checkpoint)
+    if tokens > 0:
+        metrics["train_tokens_per_second"] = round(tokens / metrics["train_runtime"], 1)
     # An "internal" call is one that does not push: results and card are still to be written.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
-    return {**metrics, "train_samples": trainer.num_examples(trainer.get_train_dataloader())}
+    if has_length(trainer.train_dataset):
+        metrics["train_samples"] = trainer.num_examples(trainer.get_train_dataloader())
+    return metrics
+
+
+def _tokens_seen(checkpoint: str | None) -> int:
+    if checkpoint is None:
+        return 0
+    return TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)).num_input_tokens_seen
 
 
 def _total_steps(trainer: Trainer) -> int:
@@ -187,15 +199,23 @@ def _load_finished(trainer: Trainer, checkpoint: Path) -> dict[str, float]:
     if trainer.args.load_best_model_at_end and best is not None and Path(best).is_dir():
         checkpoint = Path(best)
     logger.info("Training is complete in %s (step %d): nothing left to train", checkpoint, state.global_step)
-    model: Any = trainer.model
-    stored = type(model).from_pretrained(checkpoint, config=model.config, dtype=model.dtype)
-    model.load_state_dict(stored.state_dict())
+    _load_weights(trainer.model, checkpoint)
     trainer.state = state
     results = Path(str(trainer.args.output_dir))
     trainer.save_model(_internal_call=True)
     if not (results / STATE_FILE).is_file():
         trainer.save_state()
     return read_json(results / "train_results.json")
+
+
+def _load_weights(model: Any, folder: Path) -> None:
+    if hasattr(model, "peft_config"):
+        import peft
+
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
+        return
+    stored = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
+    model.load_state_dict(stored.state_dict())
 
 
 def record(trainer: Trainer, kind: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,302 @@
+"""A run of a language modelling script, causal or masked: from its flags to the files that it leaves.
+
+The evaluation loss is that of token_scores.py: every predicted token counts the same, over all rows, batches and
+processes. So does the training loss within an accumulation window.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_xgrad import XGradTrainer, XGradTrainingArguments
+from language_data import BlockCutter, LanguageDataArguments, TextData, Texts, make_blocks, read_texts, texts_from
+from language_models import LanguageModelArguments, block_size, make_config, make_model, make_tokenizer
+from python_documentation import load_texts
+from run_results import first_logged
+from script_arguments import InputError, RunArguments, ScriptParser, as_input_error
+from token_scores import TokenScores, mean_loss, score_rows
+from training_runs import (
+    check_optimizer_flags,
+    check_run,
+    finish,
+    prepare_folder,
+    record,
+    run_with_baseline,
+    set_up_logging,
+    train,
+)
+
+METRICS = ("loss", "perplexity", "accuracy")
+
+logger = logging.getLogger(__name__)
+
+Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What tells the causal script from the masked one.
+
+    Attributes:
+        prog: name of the script.
+        description: one line for --help.
+        task: what the Hub calls it.
+        auto_class: class that loads the models.
+        masked: whether a token's logits are for the token itself, instead of for the one after it.
+        data_arguments: dataclass of the flags on data.
+        embedded: values of flags where neither data nor model is named.
+        wanted_size: `data_args -> ` length of a block, or None for the longest that the model takes.
+        make_cutter: `(data_args, tokenizer, column, size) -> ` how texts become rows.
+        make_collator: `(data_args, tokenizer, size, args) -> ` how rows become batches.
+        finish_validation: `(collator, rows) -> ` rows to evaluate on.
+    """
+
+    prog: str
+    description: str
+    task: str
+    auto_class: Any
+    masked: bool
+    data_arguments: type[LanguageDataArguments]
+    embedded: Mapping[str, Any]
+    wanted_size: Callable[[Any], int | None]
+    make_cutter: Callable[[Any, PreTrainedTokenizerBase, str, int], BlockCutter]
+    make_collator: Callable[[Any, PreTrainedTokenizerBase, int, XGradTrainingArguments], Any]
+    finish_validation: Callable[[Any, TextData], TextData] = lambda _, rows: rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What both runs of a --baseline share."""
+
+    objective: Objective
+    model_args: LanguageModelArguments
+    data_args: LanguageDataArguments
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    blocks: dict[str, TextData]
+    collator: Collator
+
+
+class LanguageModelTrainer(XGradTrainer):
+    """XGradTrainer with the scores of token_scores.py.
+
+    Args:
+        shifted: whether a token's logits are for the token after it, as in causal models.
+    """
+
+    def __init__(self, *, shifted: bool, **kwargs: Any) -> None:
+        self._scores = TokenScores()
+        super().__init__(
+            compute_metrics=self._add_scores,
+            preprocess_logits_for_metrics=partial(_score, shifted=shifted),
+            # Causal models divide by the tokens of the window themselves; few masked ones do.
+            compute_loss_func=None if shifted else _masked_loss,
+            **kwargs,
+        )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's own, but for the loss: that one averages over batches."""
+        self._scores = TokenScores()
+        output = super().evaluation_loop(*args, **kwargs)
+        metrics: Any = output.metrics
+        for name in [name for name in metrics if name.endswith("_token_loss")]:
+            metrics[name.replace("_token_loss", "_loss")] = metrics.pop(name)
+        return output
+
+    def _add_scores(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        rows: Any = prediction.predictions
+        self._scores.add(rows)
+        if not compute_result:
+            return {}
+        scores = self._scores.result()
+        return {"token_loss": scores.pop("loss"), **scores}
+
+
+def _score(logits: Any, labels: Tensor, *, shifted: bool) -> Tensor:
+    return score_rows(logits[0] if isinstance(logits, tuple) else logits, labels, shifted=shifted)
+
+
+def _masked_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    return mean_loss(outputs.logits, labels, num_items_in_batch)
+
+
+def run_language_model(
+    objective: Objective,
+    arguments: list[str],
+    further: Iterable[Any] = (),
+    after: Callable[..., None] = lambda trainer, tokenizer, *further: None,
+) -> None:
+    """Do what a command line asks for.
+
+    `further` are dataclasses of flags that the script has for itself; after each run they go, with the trainer and the
+    tokenizer, to `after`.
+    """
+    parser = ScriptParser(
+        *(LanguageModelArguments, objective.data_arguments, RunArguments, *further, XGradTrainingArguments),
+        prog=objective.prog,
+        description=objective.description,
+    )
+    # The Trainer's own default pushes every checkpoint, before there are any results to push with it.
+    parser.set_defaults(hub_strategy="end")
+    model_args, data_args, run_args, *extra, args = parser.parse(arguments)
+    if not (model_args.named or data_args.named):
+        parser.set_defaults(**objective.embedded)
+        model_args, data_args, run_args, *extra, args = parser.parse(arguments)
+    set_up_logging(args, __name__, "language_data")
+    _check(model_args, data_args, run_args, args)
+    prepare_folder(args, run_args)
+    prepared = prepare(objective, model_args, data_args, args)
+
+    def run(each: XGradTrainingArguments, checkpoint: str | None) -> dict[str, float]:
+        trainer = _make_trainer(prepared, each)
+        metrics = _train_and_evaluate(trainer, checkpoint)
+        after(trainer, prepared.tokenizer, *extra)
+        finish(trainer, _card(prepared, each))
+        return metrics
+
+    run_with_baseline(parser, arguments, run_args, args, run)
+
+
+def _check(
+    model_args: LanguageModelArguments,
+    data_args: LanguageDataArguments,
+    run_args: RunArguments,
+    args: XGradTrainingArguments,
+) -> None:
+    if not (args.do_train or args.do_eval):
+        raise InputError("nothing to do: give --do_train or --do_eval")
+    model_args.check()
+    check_data(data_args, args)
+    if args.label_smoothing_factor:
+        raise InputError("--label_smoothing_factor is not supported: perplexity is that of the data as they are")
+    wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if wanted not in METRICS:
+        raise InputError(f"--metric_for_best_model {wanted} is not one of {', '.join(METRICS)}")
+    check_run(run_args, args)
+    check_optimizer_flags(args)
+
+
+def check_data(data_args: LanguageDataArguments, args: Any) -> None:
+    """Refuse data flags that do not make a run. Of `args`, do_train and max_steps are read."""
+    if data_args.streaming and not data_args.named:
+        raise InputError("--streaming needs data to stream: give --dataset_name or --train_file")
+    if data_args.streaming and args.do_train and args.max_steps <= 0:
+        raise InputError("--streaming has no end that could be known: it needs --max_steps")
+
+
+def prepare(
+    objective: Objective,
+    model_args: LanguageModelArguments,
+    data_args: LanguageDataArguments,
+    args: Any,
+) -> Prepared:
+    """Read the texts, load or make tokenizer and configuration, and cut the texts into rows.
+
+    Of `args`, seed, do_train, do_eval and main_process_first are read.
+    """
+    with args.main_process_first(desc="reading and tokenizing"):
+        texts = _read(data_args, model_args, args)
+        tokenizer = make_tokenizer(model_args, texts, masked=objective.masked)
+        if objective.masked and tokenizer.mask_token is None:
+            raise InputError(f"the tokenizer {tokenizer.name_or_path} has no mask token: it is not for masked models")
+        config = make_config(model_args, tokenizer)
+        wanted = objective.wanted_size(data_args)
+        size, too_many = block_size(wanted, config, tokenizer)
+        if too_many:
+            logger.warning("blocks of %d tokens are more than the model takes; using %d", wanted, size)
+        collator = objective.make_collator(data_args, tokenizer, size, args)
+        blocks = make_blocks(
+            *(texts, objective.make_cutter(data_args, tokenizer, texts.column, size), data_args, args.seed),
+            partial(objective.finish_validation, collator),
+        )
+    return Prepared(objective, model_args, data_args, config, tokenizer, blocks, collator)
+
+
+def _read(data_args: LanguageDataArguments, model_args: LanguageModelArguments, args: Any) -> Texts:
+    if data_args.named:
+        hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+        return read_texts(data_args, do_train=args.do_train, do_eval=args.do_eval, hub=hub)
+    train_texts, validation_texts = load_texts()
+    splits = {"train": train_texts} if args.do_train else {}
+    return texts_from(splits | ({"validation": validation_texts} if args.do_eval else {}))
+
+
+def _make_trainer(prepared: Prepared, args: XGradTrainingArguments) -> LanguageModelTrainer:
+    # The collator needs columns that the model does not take; the scores are added up batch by batch.
+    args.remove_unused_columns = False
+    args.batch_eval_metrics = True
+    args.prediction_loss_only = False
+    if args.include_num_input_tokens_seen == "no":
+        args.include_num_input_tokens_seen = "non_padding"
+    # New weights are drawn from this: two runs with the same seed start from the same ones.
+    set_seed(args.seed)
+    model = make_model(prepared.objective.auto_class, prepared.model_args, prepared.config, prepared.tokenizer)
+    with as_input_error(ValueError, ImportError):
+        return LanguageModelTrainer(
+            shifted=not prepared.objective.masked,
+            model=model,
+            args=args,
+            train_dataset=prepared.blocks.get("train"),
+            eval_dataset=prepared.blocks.get("validation"),
+            processing_class=prepared.tokenizer,
+            data_collator=prepared.collator,
+        )
+
+
+def _train_and_evaluate(trainer: LanguageModelTrainer, checkpoint: str | None) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    if trainer.args.do_train:
+        metrics |= record(trainer, "train", train(trainer, checkpoint))
+    if not trainer.args.do_eval:
+        return metrics
+    found = trainer.evaluate()
+    if isinstance(trainer.eval_dataset, Dataset):
+        tokens = sum(map(len, trainer.eval_dataset["input_ids"]))
+        found["eval_tokens_per_second"] = round(tokens / found["eval_runtime"], 1)
+    before = first_logged(trainer.state.log_history, "eval_perplexity")
+    if trainer.args.do_train and trainer.args.eval_on_start:
+        found["eval_perplexity_at_start"] = before
+    metrics |= record(trainer, "eval", found)
+    if trainer.is_world_process_zero() and "eval_perplexity_at_start" in found:
+        print(f"Perplexity: {before:.1f} before training, {found['eval_perplexity']:.2f} after")
+    return metrics
+
+
+def _card(prepared: Prepared, args: XGradTrainingArguments) -> dict[str, Any]:
+    card: dict[str, Any] = {"tasks": prepared.objective.task, "tags": ["xgrad"] if args.xgrad else []}
+    data_args = prepared.data_args
+    if data_args.dataset_name is not None:
+        return card | {"dataset": data_args.dataset_name, "dataset_args": data_args.dataset_config_name}
+    files = [Path(path).name for path in (data_args.train_file, data_args.validation_file) if path]
+    return card | {"dataset": ", ".join(files) or "the documentation of Python"}
+
+
+def sample_text(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int, seed: int, top_k: int = 40
+) -> str:
+    """Return the prompt and `length` tokens that a causal model writes after it."""
+    encoded = tokenizer(prompt or tokenizer.bos_token or tokenizer.eos_token or "", return_tensors="pt")
+    inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    with torch.random.fork_rng():
+        set_seed(seed)
+        was_training = model.training
+        model.eval()
+        output = model.generate(
+            **inputs,
+            do_sample=True,
+            top_k=top_k,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model.train(was_training)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -1,0 +1,166 @@
+"""The model of the language modelling scripts: its flags, a new configuration and tokenizer, LoRA adapters."""
+
+import dataclasses
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+
+from bpe_tokenizer import train_tokenizer
+from language_data import Texts, check_positive
+from pretrained import ensure_padding, load_config, load_model, load_tokenizer
+from script_arguments import InputError, ModelArguments, as_input_error, describe_choices
+
+# Tokenizers that know of no limit have a huge number there.
+_NO_LIMIT = 10**6
+_MOST_TOKENS = 1024
+
+
+@dataclasses.dataclass
+class LanguageModelArguments(ModelArguments):
+    """Which model; or a new one, and how large."""
+
+    model_type: str | None = dataclasses.field(
+        default=None, metadata={"help": "Pretrain a new model of this type (gpt2, llama, bert...)."}
+    )
+    config_overrides: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Settings of a new model that differ from its type's: n_embd=128,n_layer=4,n_head=4."},
+    )
+    new_tokenizer_size: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Train a byte-level BPE tokenizer with so many tokens on the training texts, instead of loading "
+            "one; --model_type only."
+        },
+    )
+    attn_implementation: str | None = dataclasses.field(
+        default=None, metadata={"help": "Attention: eager, sdpa, flash_attention_2... Left out: the model's default."}
+    )
+    low_cpu_mem_usage: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Load the weights without a second copy of them in memory. Transformers 5 does so in any case: "
+            "the flag is here for command lines that have it. --dtype bfloat16 halves what remains."
+        },
+    )
+    lora: bool = dataclasses.field(
+        default=False, metadata={"help": "Train LoRA adapters (peft) and leave the model's own weights alone."}
+    )
+    lora_rank: int = dataclasses.field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = dataclasses.field(
+        default=16, metadata={"help": "The adapters' output is multiplied by alpha / rank."}
+    )
+    lora_dropout: float = dataclasses.field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Modules that get adapters, or all-linear. Left out: peft's choice for the type of model."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_type is not None and (self.model_name_or_path or self.config_name):
+            raise ValueError("--model_type makes a new model: it excludes --model_name_or_path and --config_name")
+        if self.model_type is not None and self.model_type not in CONFIG_MAPPING:
+            close = describe_choices(self.model_type, list(CONFIG_MAPPING))
+            raise ValueError(f"--model_type {self.model_type!r} is no type of model that Transformers knows{close}")
+        if self.config_overrides and self.model_name_or_path:
+            raise ValueError("--config_overrides is for new models: it excludes --model_name_or_path")
+        if self.new_tokenizer_size is not None and self.tokenizer_name:
+            raise ValueError("--new_tokenizer_size and --tokenizer_name exclude each other: give one of the two")
+        if self.new_tokenizer_size is not None and self.model_type is None:
+            raise ValueError("--new_tokenizer_size makes a vocabulary for a new model: it needs --model_type")
+        check_positive("lora_rank", self.lora_rank)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout must be from 0 to below 1, not {self.lora_dropout}")
+        if self.lora_target_modules and not self.lora:
+            raise ValueError("--lora_target_modules needs --lora")
+
+    @property
+    def named(self) -> bool:
+        """Whether any model is named at all."""
+        return bool(self.model_name_or_path or self.config_name or self.model_type)
+
+    def check(self) -> None:
+        """Refuse what does not make a model."""
+        if not self.named:
+            raise InputError("no model: give --model_name_or_path, or --model_type for a new one")
+        if self.model_name_or_path is None and self.tokenizer_name is None and self.new_tokenizer_size is None:
+            raise InputError("a new model needs a tokenizer: give --tokenizer_name or --new_tokenizer_size")
+        if self.lora:
+            with as_input_error(ImportError, prefix="--lora needs the peft library (pip install peft): "):
+                import peft  # noqa: F401
+
+
+def make_tokenizer(model_args: LanguageModelArguments, texts: Texts, *, masked: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, or train one on the texts."""
+    if model_args.new_tokenizer_size is None:
+        return load_tokenizer(model_args)
+    with as_input_error(InputError, prefix="--new_tokenizer_size: "):
+        return train_tokenizer(
+            texts.for_tokenizer(), model_args.new_tokenizer_size, masked=masked, model_max_length=_NO_LIMIT
+        )
+
+
+def make_config(model_args: LanguageModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Load the configuration, or make one of the type asked for that fits the tokenizer."""
+    overrides = model_args.config_overrides
+    with as_input_error(ValueError, KeyError, prefix=f"--config_overrides {overrides}: "):
+        if model_args.model_type is None:
+            config = load_config(model_args)
+            config.update_from_string(overrides or "")
+            return config
+        kind = CONFIG_MAPPING[model_args.model_type]
+        # The overrides are read as the types of the settings that they replace; made anew, the configuration works out
+        # from them what follows from them (the size of an attention head, say).
+        read = kind()
+        read.update_from_string(overrides or "")
+        names = [pair.partition("=")[0] for pair in (overrides or "").split(",") if pair]
+        return kind(**_vocabulary(read, tokenizer) | {name: getattr(read, name) for name in names})
+
+
+def _vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the settings of a configuration that its tokenizer decides."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
+    tokens = {name: getattr(tokenizer, name) for name in names if hasattr(config, name)}
+    return {"vocab_size": len(tokenizer), **tokens}
+
+
+def make_model(
+    auto_class: Any,
+    model_args: LanguageModelArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Any:
+    """Load the weights or make new ones, with room for every token; with --lora, add the adapters."""
+    ensure_padding(tokenizer, config)
+    attention = model_args.attn_implementation
+    settings = {} if attention is None else {"attn_implementation": attention}
+    model = load_model(auto_class, model_args, config, **settings)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    return _with_adapters(model, model_args) if model_args.lora else model
+
+
+def _with_adapters(model: Any, model_args: LanguageModelArguments) -> Any:
+    import peft
+
+    modules: Any = model_args.lora_target_modules
+    config = peft.LoraConfig(
+        r=model_args.lora_rank,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
+    )
+    with as_input_error(ValueError, prefix="--lora: "):
+        return peft.get_peft_model(model, config)
+
+
+def block_size(asked: int | None, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, bool]:
+    """Return how many tokens a block has: those asked for, or as many as the model takes, 1024 at most.
+
+    The second value says whether more were asked for than the model takes.
+    """
+    limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    most = min((limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT), default=_NO_LIMIT)
+    if asked is None:
+        return min(most, _MOST_TOKENS), False
+    return min(asked, most), asked > most

@@ -1,0 +1,109 @@
+"""Trains a causal language model with XGrad: fine-tunes one, or pretrains a new one.
+
+    python scripts/run_clm.py --model_name_or_path openai-community/gpt2 --dataset_name Salesforce/wikitext \\
+        --dataset_config_name wikitext-2-raw-v1 --do_train --do_eval --output_dir outputs/wikitext --baseline
+    python scripts/run_clm.py          (a small GPT-2 on the documentation that comes with Python, no network)
+
+`run_clm.py settings.yaml --seed 3` takes its flags from a file first. See --help for all of them.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
+
+from language_batches import CausalCollator
+from language_data import BlockCutter, LanguageDataArguments, check_positive
+from language_modeling import Objective, run_language_model, sample_text
+from script_arguments import run_script
+
+PROG = "run_clm.py"
+
+
+@dataclasses.dataclass
+class CausalDataArguments(LanguageDataArguments):
+    """Which texts, and how long the blocks are."""
+
+    block_size: int | None = dataclasses.field(
+        default=None, metadata={"help": "Tokens of a block. Left out: as many as the model takes, 1024 at most."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size is not None and self.block_size < 2:
+            raise ValueError(
+                f"--block_size must be 2 or more, not {self.block_size}: a token to predict from, and one"
+            )
+
+
+@dataclasses.dataclass
+class SampleArguments:
+    """A sample of what the trained model writes."""
+
+    sample_length: int | None = dataclasses.field(
+        default=None, metadata={"help": "Let the trained model write so many tokens: printed, and in sample.txt."}
+    )
+    sample_prompt: str = dataclasses.field(default="", metadata={"help": "What the sample begins with."})
+
+    def __post_init__(self) -> None:
+        check_positive("sample_length", self.sample_length)
+
+
+EMBEDDED = {
+    "output_dir": "outputs/clm",
+    "model_type": "gpt2",
+    "config_overrides": "n_embd=128,n_layer=4,n_head=4,n_positions=128,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
+    "new_tokenizer_size": 2048,
+    "block_size": 128,
+    "sample_length": 120,
+    "do_train": True,
+    "do_eval": True,
+    "eval_on_start": True,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.01,
+    "max_steps": 400,
+    "logging_steps": 50,
+    "save_strategy": "steps",
+    "save_steps": 400,
+    "save_total_limit": 1,
+    "dataloader_pin_memory": False,
+}
+
+CAUSAL = Objective(
+    prog=PROG,
+    description=(__doc__ or "").splitlines()[0],
+    task="text-generation",
+    auto_class=AutoModelForCausalLM,
+    masked=False,
+    data_arguments=CausalDataArguments,
+    embedded=EMBEDDED,
+    wanted_size=lambda data_args: data_args.block_size,
+    make_cutter=lambda data_args, tokenizer, column, size: BlockCutter(tokenizer, column, size),
+    # Tensor cores want lengths that are multiples of eight.
+    make_collator=lambda data_args, tokenizer, size, args: CausalCollator(tokenizer, 8 if size % 8 == 0 else None),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(PROG, lambda words: run_language_model(CAUSAL, words, [SampleArguments], _sample), arguments)
+
+
+def _sample(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, sample_args: SampleArguments) -> None:
+    if sample_args.sample_length is None or not trainer.is_world_process_zero():
+        return
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    text = sample_text(model, tokenizer, sample_args.sample_prompt, sample_args.sample_length, trainer.args.seed)
+    (Path(str(trainer.args.output_dir)) / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    print(f"A sample of what the model writes:\n{text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

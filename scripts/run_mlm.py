@@ -1,0 +1,124 @@
+"""Trains a masked language model with XGrad: goes on with one, or pretrains a new one.
+
+    python scripts/run_mlm.py --model_name_or_path FacebookAI/roberta-base --dataset_name Salesforce/wikitext \\
+        --dataset_config_name wikitext-2-raw-v1 --do_train --do_eval --output_dir outputs/wikitext --baseline
+    python scripts/run_mlm.py          (a small BERT on the documentation that comes with Python, no network)
+
+`run_mlm.py settings.yaml --seed 3` takes its flags from a file first. See --help for all of them.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
+
+from hf_xgrad import XGradTrainingArguments
+from language_batches import MaskingCollator
+from language_data import BlockCutter, LanguageDataArguments
+from language_modeling import Objective, run_language_model
+from script_arguments import run_script
+
+PROG = "run_mlm.py"
+
+
+@dataclasses.dataclass
+class MaskedDataArguments(LanguageDataArguments):
+    """Which texts, how long the rows are, and what is masked."""
+
+    max_seq_length: int | None = dataclasses.field(
+        default=None, metadata={"help": "Tokens of a row. Left out: as many as the model takes, 1024 at most."}
+    )
+    mlm_probability: float = dataclasses.field(
+        default=0.15, metadata={"help": "How likely a token (or word) is masked."}
+    )
+    whole_word_masking: bool = dataclasses.field(
+        default=False, metadata={"help": "Mask all tokens of a word together."}
+    )
+    line_by_line: bool = dataclasses.field(
+        default=False, metadata={"help": "Each line is a row of its own. Left out: lines are joined and cut."}
+    )
+    pad_to_max_length: bool = dataclasses.field(
+        default=False, metadata={"help": "Pad to --max_seq_length instead of to the longest row of each batch."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_seq_length is not None and self.max_seq_length < 4:
+            raise ValueError(f"--max_seq_length must be 4 or more, not {self.max_seq_length}")
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"--mlm_probability must be above 0 and below 1, not {self.mlm_probability}")
+
+
+EMBEDDED = {
+    "output_dir": "outputs/mlm",
+    "model_type": "bert",
+    "config_overrides": "hidden_size=128,num_hidden_layers=4,num_attention_heads=4,intermediate_size=512,"
+    "max_position_embeddings=128,hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0",
+    "new_tokenizer_size": 2048,
+    "max_seq_length": 128,
+    "do_train": True,
+    "do_eval": True,
+    "eval_on_start": True,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 2e-3,
+    "warmup_steps": 0.05,
+    "weight_decay": 0.01,
+    "max_steps": 400,
+    "logging_steps": 50,
+    "save_strategy": "steps",
+    "save_steps": 400,
+    "save_total_limit": 1,
+    "dataloader_pin_memory": False,
+}
+
+
+def _make_cutter(
+    data_args: MaskedDataArguments, tokenizer: PreTrainedTokenizerBase, column: str, size: int
+) -> BlockCutter:
+    return BlockCutter(
+        tokenizer,
+        column,
+        size,
+        masked=True,
+        whole_words=data_args.whole_word_masking,
+        by_line=data_args.line_by_line,
+    )
+
+
+def _make_collator(
+    data_args: MaskedDataArguments, tokenizer: PreTrainedTokenizerBase, size: int, args: XGradTrainingArguments
+) -> MaskingCollator:
+    return MaskingCollator(
+        tokenizer,
+        data_args.mlm_probability,
+        args.seed,
+        # Tensor cores want lengths that are multiples of eight.
+        pad_to_multiple_of=8 if size % 8 == 0 else None,
+        pad_to_length=size if data_args.pad_to_max_length else None,
+    )
+
+
+MASKED = Objective(
+    prog=PROG,
+    description=(__doc__ or "").splitlines()[0],
+    task="fill-mask",
+    auto_class=AutoModelForMaskedLM,
+    masked=True,
+    data_arguments=MaskedDataArguments,
+    embedded=EMBEDDED,
+    wanted_size=lambda data_args: data_args.max_seq_length,
+    make_cutter=_make_cutter,
+    make_collator=_make_collator,
+    finish_validation=lambda collator, rows: collator.mask_once(rows),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(PROG, lambda words: run_language_model(MASKED, words), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
