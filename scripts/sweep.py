@@ -1,0 +1,154 @@
+"""Runs one of the training scripts for several s (steps predicted ahead), learning rates and seeds, and compares them.
+
+    python scripts/sweep.py --xgrad_steps 0 1 2 3 --learning_rates 1e-3 2e-3 --seeds 1 2 3 --output_dir outputs/sweep
+    python scripts/sweep.py run_glue.py --xgrad_steps 0 1 --learning_rates 2e-5 5e-5 --seeds 1 2 3 \\
+        --output_dir outputs/sweep-cola -- --model_name_or_path google-bert/bert-base-cased --task_name cola \\
+        --do_train --do_eval
+
+What stands after `--` goes to the script, run_clm.py if none is named. s = 0 is the plain optimizer. A sweep that was
+cut off goes on where it was when it is started again.
+"""
+
+import argparse
+import importlib
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from run_results import STYLES, format_table, new_figure, read_json, write_json
+from script_arguments import InputError, describe_choices, run_script
+
+PROG = "sweep.py"
+SCRIPTS = ("run_clm.py", "run_mlm.py", "run_glue.py")
+
+
+class Point(NamedTuple):
+    """The settings of one run."""
+
+    learning_rate: float
+    steps: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"lr={self.learning_rate:g},s={self.steps:g},seed={self.seed}"
+
+
+Values = Mapping[Point, float]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sweep and return its exit status."""
+    return run_script(PROG, _run, arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = arguments[end + 1 :]
+    parser = argparse.ArgumentParser(PROG, description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("script", nargs="?", choices=SCRIPTS, default=SCRIPTS[0], help="(default: %(default)s)")
+    parser.add_argument("--xgrad_steps", nargs="+", type=float, default=[0.0, 1.0, 2.0], metavar="S")
+    parser.add_argument("--learning_rates", nargs="+", type=float, required=True, metavar="LR")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
+    parser.add_argument("--metric", default="loss", help="metric of the evaluation (default: %(default)s)")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the runs and what is said of them")
+    known = parser.parse_args(arguments[:end])
+    points = [Point(*values) for values in itertools.product(known.learning_rates, known.xgrad_steps, known.seeds)]
+    if len(set(points)) < len(points):
+        raise InputError("--learning_rates, --xgrad_steps and --seeds must not name a value twice")
+    folder: Path = known.output_dir
+    _check_sweep(folder, {"script": known.script, "flags": flags})
+    script = importlib.import_module(known.script.removesuffix(".py"))
+    values = {}
+    for number, point in enumerate(points, start=1):
+        print(f"Run {number} of {len(points)}: {point}", flush=True)
+        values[point] = _value(script, point, folder, known.metric, flags)
+    _show(values, known.metric, folder)
+
+
+def _check_sweep(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder with runs of another script or with other flags: they would be compared with these."""
+    path = folder / "sweep_settings.json"
+    if path.is_file() and read_json(path) != settings:
+        raise InputError(f"--output_dir {folder} holds a sweep with other settings ({path.name}); name a new folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+
+
+def _value(script: Any, point: Point, folder: Path, metric: str, flags: list[str]) -> float:
+    run_folder = folder / str(point)
+    results = run_folder / "eval_results.json"
+    if not results.is_file():
+        status = script.main(
+            [
+                *flags,
+                *("--learning_rate", str(point.learning_rate), "--xgrad_steps", str(point.steps)),
+                *("--seed", str(point.seed), "--output_dir", str(run_folder)),
+            ]
+        )
+        if status:
+            raise SystemExit(status)
+    found = read_json(results)
+    name = f"eval_{metric}"
+    if name not in found:
+        known = [key.removeprefix("eval_") for key in found]
+        raise InputError(f"--metric {metric}: the evaluation has none{describe_choices(metric, known)} ({results})")
+    return float(found[name])
+
+
+def _show(values: Values, metric: str, folder: Path) -> None:
+    write_json(folder / "sweep.json", [{**point._asdict(), metric: value} for point, value in values.items()])
+    header = ("learning rate", "s", f"{metric}, mean", "least", "greatest", "against s = 0", "lower at")
+    print(format_table(header, _rows(values)))
+    plot = folder / "sweep.png"
+    _plot(values, metric, plot)
+    print(f"\nPlot: {plot}")
+
+
+def _rows(values: Values) -> list[list[str | float | None]]:
+    rows = []
+    for (rate, steps), of_seed in _by_setting(values).items():
+        plain = {seed: values.get(Point(rate, 0.0, seed)) for seed in of_seed}
+        differences = [value - plain[seed] for seed, value in of_seed.items() if plain[seed] is not None]
+        lower = sum(difference < 0 for difference in differences)
+        compared = bool(differences) and steps != 0
+        rows.append(
+            [
+                *(f"{rate:g}", f"{steps:g}"),
+                *(mean(of_seed.values()), min(of_seed.values()), max(of_seed.values())),
+                f"{mean(differences):+.4f}" if compared else None,
+                f"{lower} of {len(differences)} seeds" if compared else None,
+            ]
+        )
+    return rows
+
+
+def _by_setting(values: Values) -> dict[tuple[float, float], dict[int, float]]:
+    settings: dict[tuple[float, float], dict[int, float]] = {}
+    for point, value in values.items():
+        settings.setdefault((point.learning_rate, point.steps), {})[point.seed] = value
+    return settings
+
+
+def _plot(values: Values, metric: str, path: Path) -> None:
+    """Draw the metric over s: a line for each learning rate through the means, from least to greatest behind it."""
+    figure, (panel,) = new_figure(1)
+    settings = _by_setting(values)
+    rates = sorted({rate for rate, _ in settings})
+    for rate, (color, line) in zip(rates, itertools.cycle(STYLES), strict=False):
+        steps = sorted(s for r, s in settings if r == rate)
+        of_seeds = [settings[rate, s].values() for s in steps]
+        panel.fill_between(steps, [min(v) for v in of_seeds], [max(v) for v in of_seeds], color=color, alpha=0.15)
+        panel.plot(steps, [mean(v) for v in of_seeds], line, marker="o", color=color, label=f"learning rate {rate:g}")
+    panel.set(xlabel="s (steps predicted ahead; 0: plain optimizer)", ylabel=f"evaluation {metric}")
+    panel.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
