@@ -84,6 +84,16 @@ class XGradMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self._check_xgrad()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's own; the first of its steps that knows `args`, before any generation engine is started."""
+        if self.xgrad_config.active and getattr(self.args, "use_vllm", False):
+            raise ValueError(
+                "XGrad: use_vllm=True is refused: the vLLM engine is given the weights inside a training step, where "
+                "they are predicted, and keeps serving them outside it. Generate with the model itself "
+                "(use_vllm=False), or switch XGrad off (XGradConfig(enabled=False))."
+            )
+        super().create_accelerator_and_postprocess()
+
     @property
     def xgrad_config(self) -> XGradConfig:
         """The settings in force: `xgrad_config` if given, else those of `args` (which a search may change)."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig, GPT2LMHeadModel
 
-from hf_xgrad import WeightPredictor, XGradConfig
+import tiny_models as tiny
+from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.optim import AdaM3
 from reference import predicted_weights
 
@@ -54,3 +57,48 @@ def test_prediction_on_the_device(name: str) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
     assert not any(torch.equal(m, w) for m, w in zip(moved, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"optim": "adamw_torch"}, id="closed_form"),
+        pytest.param({"optim": "adamw_torch", "xgrad_rule": "last_update"}, id="last_update"),
+        pytest.param({"optim": "paged_adamw_8bit"}, id="paged_adamw_8bit"),
+    ],
+)
+def test_adapters_on_a_4_bit_base(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """LoRA on a quantised base, which stays bit for bit: only the adapters are predicted, and only they are kept."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    tiny.gpt2().save_pretrained(tmp_path / "base")
+    quantised = GPT2LMHeadModel.from_pretrained(
+        tmp_path / "base",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+        device_map={"": 0},
+    )
+    base = peft.prepare_model_for_kbit_training(quantised)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM"))
+    names = {p: name for name, p in model.named_parameters()}
+    trainable = {name for p, name in names.items() if p.requires_grad}
+    first = tiny.weights(model)
+    assert any(w.dtype == torch.uint8 for w in first.values())
+    args = tiny.arguments(tmp_path, XGradTrainingArguments, use_cpu=False, **settings)
+    trainer = XGradTrainer(model=model, args=args, train_dataset=tiny.Sentences(language_model=True))
+    callback, true = tiny.recorder(model, "step_begin")
+    trainer.add_callback(callback)
+    kept: list[dict[str, int]] = []
+
+    def observe(event: str, **kwargs: Any) -> None:
+        if event == "step_end":
+            kept.append({names[p]: backup.numel() for p, backup in trainer._predictor._backups.items()})
+
+    trainer.add_callback(tiny.EveryEvent(observe))
+    forwards = tiny.Forwards(model)
+    trainer.train()
+    for seen, (_, w) in zip(forwards.weights, true, strict=True):
+        moved = {name for name in seen if not torch.equal(seen[name], w[name])}
+        assert moved <= trainable
+        assert all(torch.equal(seen[name], first[name]) for name in seen if name not in trainable)
+    assert moved == trainable
+    assert kept[-1] == {name: first[name].numel() for name in trainable}
