@@ -61,9 +61,4 @@ def train_tokenizer(
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in (start, end)],
         )
         tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, template])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=model_max_length,
-        clean_up_tokenization_spaces=False,
-        **special_tokens,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=model_max_length, **special_tokens)

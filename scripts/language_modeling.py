@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
@@ -36,6 +35,26 @@ from training_runs import (
 )
 
 METRICS = ("loss", "perplexity", "accuracy")
+# Where nothing is named, a small model is trained on load_texts(): what both scripts have in common then. Two processor
+# cores take a minute or two.
+EMBEDDED_TRAINING = {
+    "new_tokenizer_size": 2048,
+    "do_train": True,
+    "do_eval": True,
+    "eval_on_start": True,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.01,
+    "max_steps": 1500,
+    "logging_steps": 50,
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "save_total_limit": 1,
+    "dataloader_pin_memory": False,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +110,9 @@ class LanguageModelTrainer(XGradTrainer):
 
     Args:
         shifted: whether a token's logits are for the token after it, as in causal models.
+
+    Attributes:
+        tokens_read: tokens of the last evaluation, padding aside.
     """
 
     def __init__(self, *, shifted: bool, **kwargs: Any) -> None:
@@ -106,11 +128,18 @@ class LanguageModelTrainer(XGradTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """The Trainer's own, but for the loss: that one averages over batches."""
         self._scores = TokenScores()
+        self._tokens_read = torch.zeros((), dtype=torch.long, device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
+        self.tokens_read = int(self.accelerator.reduce(self._tokens_read))
         metrics: Any = output.metrics
         for name in [name for name in metrics if name.endswith("_token_loss")]:
             metrics[name.replace("_token_loss", "_loss")] = metrics.pop(name)
         return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own; it also counts tokens, which a stream cannot tell."""
+        self._tokens_read += inputs["attention_mask"].sum()
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _add_scores(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
         rows: Any = prediction.predictions
@@ -151,6 +180,8 @@ def run_language_model(
     if not (model_args.named or data_args.named):
         parser.set_defaults(**objective.embedded)
         model_args, data_args, run_args, *extra, args = parser.parse(arguments)
+    elif not data_args.named:
+        raise InputError("no data: give --dataset_name or --train_file")
     set_up_logging(args, __name__, "language_data")
     _check(model_args, data_args, run_args, args)
     prepare_folder(args, run_args)
@@ -235,6 +266,8 @@ def _make_trainer(prepared: Prepared, args: XGradTrainingArguments) -> LanguageM
     args.remove_unused_columns = False
     args.batch_eval_metrics = True
     args.prediction_loss_only = False
+    # The Trainer's own guess: whatever is no loss should be great.
+    args.greater_is_better = (args.metric_for_best_model or "").removeprefix("eval_") == "accuracy"
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "non_padding"
     # New weights are drawn from this: two runs with the same seed start from the same ones.
@@ -259,9 +292,7 @@ def _train_and_evaluate(trainer: LanguageModelTrainer, checkpoint: str | None) -
     if not trainer.args.do_eval:
         return metrics
     found = trainer.evaluate()
-    if isinstance(trainer.eval_dataset, Dataset):
-        tokens = sum(map(len, trainer.eval_dataset["input_ids"]))
-        found["eval_tokens_per_second"] = round(tokens / found["eval_runtime"], 1)
+    found["eval_tokens_per_second"] = round(trainer.tokens_read / found["eval_runtime"], 1)
     before = first_logged(trainer.state.log_history, "eval_perplexity")
     if trainer.args.do_train and trainer.args.eval_on_start:
         found["eval_perplexity_at_start"] = before
@@ -272,10 +303,13 @@ def _train_and_evaluate(trainer: LanguageModelTrainer, checkpoint: str | None) -
 
 
 def _card(prepared: Prepared, args: XGradTrainingArguments) -> dict[str, Any]:
-    card: dict[str, Any] = {"tasks": prepared.objective.task, "tags": ["xgrad"] if args.xgrad else []}
+    task = prepared.objective.task
+    # Where the data are not the Hub's, the Trainer leaves the task out; as a tag it stays.
+    card: dict[str, Any] = {"tasks": task, "tags": [task, *(["xgrad"] if args.xgrad else [])]}
     data_args = prepared.data_args
     if data_args.dataset_name is not None:
-        return card | {"dataset": data_args.dataset_name, "dataset_args": data_args.dataset_config_name}
+        on_hub = {} if Path(data_args.dataset_name).exists() else {"dataset_tags": data_args.dataset_name}
+        return card | on_hub | {"dataset": data_args.dataset_name, "dataset_args": data_args.dataset_config_name}
     files = [Path(path).name for path in (data_args.train_file, data_args.validation_file) if path]
     return card | {"dataset": ", ".join(files) or "the documentation of Python"}
 
@@ -283,9 +317,13 @@ def _card(prepared: Prepared, args: XGradTrainingArguments) -> dict[str, Any]:
 def sample_text(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int, seed: int, top_k: int = 40
 ) -> str:
-    """Return the prompt and `length` tokens that a causal model writes after it."""
+    """Return the prompt and `length` tokens that a causal model writes after it, fewer where its positions end."""
     encoded = tokenizer(prompt or tokenizer.bos_token or tokenizer.eos_token or "", return_tensors="pt")
     inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions > 0:
+        inputs = {name: tensor[:, 1 - positions :] for name, tensor in inputs.items()}
+        length = min(length, positions - inputs["input_ids"].shape[1])
     with torch.random.fork_rng():
         set_seed(seed)
         was_training = model.training

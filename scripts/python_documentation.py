@@ -12,10 +12,8 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-
-from transformers import GPT2Config, ModernBertConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from script_arguments import InputError
 
@@ -97,7 +95,8 @@ def _without_repetitions(documents: dict[str, str]) -> Iterator[tuple[str, str]]
                 seen.add(words)
                 kept.append(paragraph.rstrip())
         if kept:
-            yield name, "\n\n".join(kept) + "\n"
+            # Texts are joined for training: the blank line keeps the next one apart.
+            yield name, "\n\n".join(kept) + "\n\n"
 
 
 def _is_validation(name: str) -> bool:

@@ -2,7 +2,7 @@
 
     python scripts/run_clm.py --model_name_or_path openai-community/gpt2 --dataset_name Salesforce/wikitext \\
         --dataset_config_name wikitext-2-raw-v1 --do_train --do_eval --output_dir outputs/wikitext --baseline
-    python scripts/run_clm.py          (a small GPT-2 on the documentation that comes with Python, no network)
+    python scripts/run_clm.py          (a small Llama on the documentation that comes with Python, no network)
 
 `run_clm.py settings.yaml --seed 3` takes its flags from a file first. See --help for all of them.
 """
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 
 from language_batches import CausalCollator
 from language_data import BlockCutter, LanguageDataArguments, check_positive
-from language_modeling import Objective, run_language_model, sample_text
+from language_modeling import EMBEDDED_TRAINING, Objective, run_language_model, sample_text
 from script_arguments import run_script
 
 PROG = "run_clm.py"
@@ -54,26 +54,14 @@ class SampleArguments:
 
 EMBEDDED = {
     "output_dir": "outputs/clm",
-    "model_type": "gpt2",
-    "config_overrides": "n_embd=128,n_layer=4,n_head=4,n_positions=128,resid_pdrop=0.0,embd_pdrop=0.0,attn_pdrop=0.0",
-    "new_tokenizer_size": 2048,
+    "model_type": "llama",
+    "config_overrides": "hidden_size=128,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=4,"
+    "intermediate_size=336,max_position_embeddings=128,tie_word_embeddings=true",
     "block_size": 128,
+    # The texts have no token that starts them: the model has to be given a start that it knows.
+    "sample_prompt": "Return the",
     "sample_length": 120,
-    "do_train": True,
-    "do_eval": True,
-    "eval_on_start": True,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 2e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "weight_decay": 0.01,
-    "max_steps": 400,
-    "logging_steps": 50,
-    "save_strategy": "steps",
-    "save_steps": 400,
-    "save_total_limit": 1,
-    "dataloader_pin_memory": False,
+    **EMBEDDED_TRAINING,
 }
 
 CAUSAL = Objective(

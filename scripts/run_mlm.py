@@ -2,7 +2,7 @@
 
     python scripts/run_mlm.py --model_name_or_path FacebookAI/roberta-base --dataset_name Salesforce/wikitext \\
         --dataset_config_name wikitext-2-raw-v1 --do_train --do_eval --output_dir outputs/wikitext --baseline
-    python scripts/run_mlm.py          (a small BERT on the documentation that comes with Python, no network)
+    python scripts/run_mlm.py          (a small ModernBERT on the documentation that comes with Python, no network)
 
 `run_mlm.py settings.yaml --seed 3` takes its flags from a file first. See --help for all of them.
 """
@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 from hf_xgrad import XGradTrainingArguments
 from language_batches import MaskingCollator
 from language_data import BlockCutter, LanguageDataArguments
-from language_modeling import Objective, run_language_model
+from language_modeling import EMBEDDED_TRAINING, Objective, run_language_model
 from script_arguments import run_script
 
 PROG = "run_mlm.py"
@@ -52,25 +52,11 @@ class MaskedDataArguments(LanguageDataArguments):
 
 EMBEDDED = {
     "output_dir": "outputs/mlm",
-    "model_type": "bert",
-    "config_overrides": "hidden_size=128,num_hidden_layers=4,num_attention_heads=4,intermediate_size=512,"
-    "max_position_embeddings=128,hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0",
-    "new_tokenizer_size": 2048,
+    "model_type": "modernbert",
+    "config_overrides": "hidden_size=128,num_hidden_layers=2,num_attention_heads=4,intermediate_size=336,"
+    "max_position_embeddings=128",
     "max_seq_length": 128,
-    "do_train": True,
-    "do_eval": True,
-    "eval_on_start": True,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 16,
-    "learning_rate": 2e-3,
-    "warmup_steps": 0.05,
-    "weight_decay": 0.01,
-    "max_steps": 400,
-    "logging_steps": 50,
-    "save_strategy": "steps",
-    "save_steps": 400,
-    "save_total_limit": 1,
-    "dataloader_pin_memory": False,
+    **EMBEDDED_TRAINING,
 }
 
 
