@@ -35,8 +35,8 @@ from training_runs import (
 )
 
 METRICS = ("loss", "perplexity", "accuracy")
-# Where nothing is named, a small model is trained on load_texts(): what both scripts have in common then. Two processor
-# cores take a minute or two.
+# Where nothing is named, a small model is trained on load_texts(): what both scripts have in common then. Two
+# processor cores take a minute or two.
 EMBEDDED_TRAINING = {
     "new_tokenizer_size": 2048,
     "do_train": True,
