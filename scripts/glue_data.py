@@ -2,9 +2,10 @@
 
 import dataclasses
 import logging
+from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import PreTrainedConfig
 
 from class_labels import Labels, find_labels, labels_of_model
 from glue_tasks import CLASS_SCORES, HUB_NAME, REGRESSION_SCORES, TASKS, Task
@@ -109,13 +110,11 @@ class GlueData:
     combined: bool  # whether the metrics' mean is reported too, as GLUE does where a task has two
 
 
-def read_data(
-    data_args: DataArguments, args: TrainingArguments, config: PreTrainedConfig, hub: dict[str, str | None]
-) -> GlueData:
+def read_data(data_args: DataArguments, args: Any, config: PreTrainedConfig, hub: dict[str, str | None]) -> GlueData:
     """Read and check the splits that the run needs; hold out validation data where there are none.
 
     Without a task and without training data the labels are those of the model, whose configuration is `config`. `hub`
-    holds cache_dir and token.
+    holds cache_dir and token. Of `args`, seed, data_seed, do_train, do_eval and do_predict are read.
     """
     tables = _read_tables(data_args, hub)
     _check_splits(tables, args)
@@ -153,7 +152,7 @@ def _read_tables(data_args: DataArguments, hub: dict[str, str | None]) -> dict[s
     return {split: tables[split] for split in SPLITS if split in tables}
 
 
-def _check_splits(tables: dict[str, Table], args: TrainingArguments) -> None:
+def _check_splits(tables: dict[str, Table], args: Any) -> None:
     if args.do_train and "train" not in tables:
         raise InputError("--do_train needs training data: give --train_file")
     if args.do_eval and not {"train", "validation"} & tables.keys():
@@ -209,7 +208,7 @@ def _prepared(table: Table, text_columns: tuple[str, ...], label_column: str | N
     return dataclasses.replace(table, data=data)
 
 
-def _hold_out(train: Table, data_args: DataArguments, args: TrainingArguments, labels: Labels) -> tuple[Table, Table]:
+def _hold_out(train: Table, data_args: DataArguments, args: Any, labels: Labels) -> tuple[Table, Table]:
     seed = args.seed if args.data_seed is None else args.data_seed
     strata = None if labels.regression else train.data["labels"][:]
     kept, held_out, stratified = split_table(train, data_args.validation_split_percentage, seed, strata)

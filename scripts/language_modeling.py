@@ -176,12 +176,7 @@ def run_language_model(
     )
     # The Trainer's own default pushes every checkpoint, before there are any results to push with it.
     parser.set_defaults(hub_strategy="end")
-    model_args, data_args, run_args, *extra, args = parser.parse(arguments)
-    if not (model_args.named or data_args.named):
-        parser.set_defaults(**objective.embedded)
-        model_args, data_args, run_args, *extra, args = parser.parse(arguments)
-    elif not data_args.named:
-        raise InputError("no data: give --dataset_name or --train_file")
+    model_args, data_args, run_args, *extra, args = parse_flags(parser, arguments, objective.embedded)
     set_up_logging(args, __name__, "language_data")
     _check(model_args, data_args, run_args, args)
     prepare_folder(args, run_args)
@@ -191,10 +186,22 @@ def run_language_model(
         trainer = _make_trainer(prepared, each)
         metrics = _train_and_evaluate(trainer, checkpoint)
         after(trainer, prepared.tokenizer, *extra)
-        finish(trainer, _card(prepared, each))
+        finish(trainer, describe_for_card(prepared, each))
         return metrics
 
     run_with_baseline(parser, arguments, run_args, args, run)
+
+
+def parse_flags(parser: ScriptParser, arguments: list[str], embedded: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Parse flags, those on the model and on the data first; where neither is named, `embedded` are the defaults."""
+    parsed = parser.parse(arguments)
+    model_args, data_args = parsed[:2]
+    if data_args.named:
+        return parsed
+    if model_args.named:
+        raise InputError("no data: give --dataset_name or --train_file")
+    parser.set_defaults(**embedded)
+    return parser.parse(arguments)
 
 
 def _check(
@@ -302,7 +309,8 @@ def _train_and_evaluate(trainer: LanguageModelTrainer, checkpoint: str | None) -
     return metrics
 
 
-def _card(prepared: Prepared, args: XGradTrainingArguments) -> dict[str, Any]:
+def describe_for_card(prepared: Prepared, args: Any) -> dict[str, Any]:
+    """Return what the model card says of task and data. Of `args`, xgrad is read."""
     task = prepared.objective.task
     # Where the data are not the Hub's, the Trainer leaves the task out; as a tag it stays.
     card: dict[str, Any] = {"tasks": task, "tags": [task, *(["xgrad"] if args.xgrad else [])]}

@@ -85,11 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sample(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, sample_args: SampleArguments) -> None:
-    if sample_args.sample_length is None or not trainer.is_world_process_zero():
+    if trainer.is_world_process_zero():
+        write_sample(trainer.accelerator.unwrap_model(trainer.model), tokenizer, sample_args, trainer.args)
+
+
+def write_sample(model: Any, tokenizer: PreTrainedTokenizerBase, sample_args: SampleArguments, args: Any) -> None:
+    """Print what the model writes, if asked to, and leave it in sample.txt. `args` has output_dir and seed."""
+    if sample_args.sample_length is None:
         return
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    text = sample_text(model, tokenizer, sample_args.sample_prompt, sample_args.sample_length, trainer.args.seed)
-    (Path(str(trainer.args.output_dir)) / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    text = sample_text(model, tokenizer, sample_args.sample_prompt, sample_args.sample_length, args.seed)
+    (Path(args.output_dir) / "sample.txt").write_text(text + "\n", encoding="utf-8")
     print(f"A sample of what the model writes:\n{text}")
 
 

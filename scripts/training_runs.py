@@ -21,6 +21,8 @@ from script_arguments import InputError, RunArguments, ScriptParser, as_input_er
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "xgrad_settings.json"
+# Accelerate writes it into its checkpoints, the Trainer does not.
+LOOP_FILE = "random_states_0.pkl"
 XGRAD_SETTINGS = ("xgrad", "xgrad_steps", "xgrad_rule", "xgrad_weight_decay")
 # What a comparison says of the two runs beside their metrics.
 SHARED_SETTINGS = ("seed", "optim", "learning_rate", "xgrad_steps", "xgrad_rule", "xgrad_weight_decay")
@@ -30,7 +32,7 @@ _FINISHED = ("*.safetensors", "*.bin", "*_results.json", "README.md", "predict_r
 logger = logging.getLogger(__name__)
 
 
-def set_up_logging(args: TrainingArguments, *modules: str) -> None:
+def set_up_logging(args: Any, *modules: str) -> None:
     """Show what these modules and this one say on the main process, and what the libraries say at --log_level."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for name in (*modules, __name__):
@@ -94,7 +96,7 @@ def baseline_folder(output_dir: str) -> str:
     return f"{output_dir.rstrip('/')}-baseline"
 
 
-def prepare_folder(args: TrainingArguments, run: RunArguments) -> str | None:
+def prepare_folder(args: Any, run: RunArguments) -> str | None:
     """Make the output folder, refuse to overwrite another run's results, and return the checkpoint to resume from."""
     folder = Path(str(args.output_dir))
     try:
@@ -110,11 +112,11 @@ def prepare_folder(args: TrainingArguments, run: RunArguments) -> str | None:
             raise InputError(f"--no_resume starts over in an empty folder only, but --output_dir {folder} has files")
         return None
     if args.resume_from_checkpoint:
-        return _given_checkpoint(Path(args.resume_from_checkpoint))
+        return _checked(_given_checkpoint(Path(args.resume_from_checkpoint)), args)
     checkpoint = _last_checkpoint(folder)
     if checkpoint is not None:
         _check_settings(args, folder)
-        return checkpoint
+        return _checked(checkpoint, args)
     if any(path for pattern in _FINISHED for path in folder.glob(pattern)):
         raise InputError(
             f"--output_dir {folder} holds another run's results and no checkpoint to resume from; name a new folder"
@@ -122,11 +124,13 @@ def prepare_folder(args: TrainingArguments, run: RunArguments) -> str | None:
     return None
 
 
-def _settings(args: TrainingArguments) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in XGRAD_SETTINGS}
+def write_settings(args: Any) -> None:
+    """Leave XGrad's settings in the output folder, so that no run with others goes on with this one."""
+    settings = {name: getattr(args, name) for name in XGRAD_SETTINGS}
+    write_json(Path(str(args.output_dir)) / SETTINGS_FILE, settings)
 
 
-def _check_settings(args: TrainingArguments, folder: Path) -> None:
+def _check_settings(args: Any, folder: Path) -> None:
     """Refuse to go on with a run under other settings of XGrad: its results would be taken for theirs."""
     for name, value in read_json(folder / SETTINGS_FILE).items():
         if value != getattr(args, name):
@@ -140,6 +144,15 @@ def _given_checkpoint(checkpoint: Path) -> str:
     if not (checkpoint / STATE_FILE).is_file():
         raise InputError(f"--resume_from_checkpoint {checkpoint} is not a checkpoint: it has no {STATE_FILE}")
     return str(checkpoint)
+
+
+def _checked(checkpoint: str, args: Any) -> str:
+    """Refuse the Trainer a checkpoint of a loop under Accelerate, of which it would read a part, and the reverse."""
+    of_loop = (Path(checkpoint) / LOOP_FILE).is_file()
+    if of_loop == isinstance(args, TrainingArguments):
+        other = "a script without the Trainer" if of_loop else "a script with the Trainer"
+        raise InputError(f"{checkpoint} was written by {other}: go on with that one, or name a new --output_dir")
+    return checkpoint
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -166,7 +179,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
 
 def _trained(trainer: Trainer, checkpoint: str | None, extra: dict[str, float]) -> dict[str, float]:
     if trainer.is_world_process_zero():
-        write_json(Path(str(trainer.args.output_dir)) / SETTINGS_FILE, _settings(trainer.args))
+        write_settings(trainer.args)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | extra
     tokens = trainer.state.num_input_tokens_seen - _tokens_seen(checkpoint)
     if tokens > 0:
@@ -229,6 +242,12 @@ def record(trainer: Trainer, kind: str, metrics: dict[str, float]) -> dict[str, 
 def finish(trainer: Trainer, card: dict[str, Any]) -> None:
     """Write the card of a trained model and only then push, if asked to; all results are in the folder by now."""
     if trainer.args.do_train:
+        # A new model has no name, which the card would make a link of; one with the name of a folder gets none.
+        model: Any = trainer.model
+        model.config._name_or_path = model.config._name_or_path or str(trainer.args.output_dir)
+        if hasattr(model, "peft_config"):
+            # peft rewrites the tags of the card, from those of the model.
+            model.get_base_model().add_model_tags(card["tags"])
         trainer.create_model_card(**card)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)

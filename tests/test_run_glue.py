@@ -426,7 +426,7 @@ def test_the_best_model_of_a_complete_run(
 ) -> None:
     out = tmp_path / "out"
     worse = (1 / number for number in itertools.count(1))
-    monkeypatch.setattr(run_glue, "_metrics_function", lambda *_: lambda _: {"accuracy": next(worse)})
+    monkeypatch.setattr(run_glue, "metrics_function", lambda *_: lambda _: {"accuracy": next(worse)})
     best = ("--eval_strategy", "steps", "--eval_steps", "3", "--load_best_model_at_end", "--metric_for_best_model")
     common = (*new_model(model), *data, *RESUMABLE, *best, "accuracy", "--output_dir", str(out))
     run(*common)

@@ -1,0 +1,133 @@
+"""Trains a causal language model with XGrad in a loop of its own: fine-tunes one, or pretrains a new one.
+
+    accelerate launch scripts/run_clm_no_trainer.py --model_name_or_path openai-community/gpt2 \\
+        --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 --do_train --do_eval \\
+        --output_dir outputs/wikitext --baseline
+
+The twin of run_clm.py without the Trainer: the same flags (fewer of them), losses and files. `python` starts it, too.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import set_seed
+from transformers.trainer_utils import speed_metrics
+
+from accelerate_loop import Batch, make_accelerator, make_loader, train
+from language_batches import IGNORED
+from language_modeling import Prepared, check_data, describe_for_card, parse_flags, prepare
+from language_models import LanguageModelArguments, make_model
+from loop_arguments import LoopArguments
+from loop_results import finish, make_repository, record, save_model
+from run_clm import CAUSAL, CausalDataArguments, SampleArguments, write_sample
+from run_results import first_logged, read_log
+from script_arguments import InputError, RunArguments, ScriptParser, run_script
+from token_scores import TokenScores, score_rows
+from training_runs import check_run, prepare_folder, run_with_baseline, set_up_logging
+
+PROG = "run_clm_no_trainer.py"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(PROG, _run, arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    parser = ScriptParser(
+        *(LanguageModelArguments, CausalDataArguments, RunArguments, SampleArguments, LoopArguments),
+        prog=PROG,
+        description=(__doc__ or "").splitlines()[0],
+    )
+    embedded = {**CAUSAL.embedded, "output_dir": "outputs/clm_no_trainer"}
+    model_args, data_args, run_args, sample_args, args = parse_flags(parser, arguments, embedded)
+    set_up_logging(args, "accelerate_loop", "language_data", "language_modeling", "loop_results")
+    if not (args.do_train or args.do_eval):
+        raise InputError("nothing to do: give --do_train or --do_eval")
+    if data_args.streaming:
+        raise InputError("--streaming is not for this loop, which counts the steps of an epoch; run_clm.py has it")
+    model_args.check()
+    check_data(data_args, args)
+    check_run(run_args, args)
+    prepare_folder(args, run_args)
+    prepared = prepare(CAUSAL, model_args, data_args, args)
+    run_with_baseline(
+        *(parser, arguments, run_args, args),
+        lambda each, checkpoint: pretrain_or_fine_tune(prepared, sample_args, each, checkpoint),
+    )
+
+
+def pretrain_or_fine_tune(
+    prepared: Prepared, sample_args: SampleArguments, args: LoopArguments, checkpoint: str | None
+) -> dict[str, float]:
+    """Do one run, from the initial weights to the files that it leaves, and return its metrics."""
+    accelerator = make_accelerator(args)
+    repository = make_repository(args)
+    # New weights are drawn from this: two runs with the same seed start from the same ones.
+    set_seed(args.seed)
+    model = make_model(CAUSAL.auto_class, prepared.model_args, prepared.config, prepared.tokenizer)
+    rows = prepared.blocks.get("validation")
+    loader = None if rows is None else make_loader(accelerator, args, rows, prepared.collator, train=False)
+
+    def count_tokens(window: list[Batch]) -> torch.Tensor:
+        tokens = sum((batch["labels"] != IGNORED).sum() for batch in window)
+        return accelerator.gather(tokens).sum()
+
+    def share_of_loss(model: Any, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        # Every token counts the same, also between processes, of whose gradients DDP takes the mean.
+        loss: torch.Tensor = model(**batch, num_items_in_batch=tokens).loss
+        return loss * accelerator.num_processes
+
+    def evaluate() -> dict[str, float]:
+        return _evaluate(accelerator, args, model, loader)
+
+    metrics: dict[str, float] = {}
+    folder = Path(args.output_dir)
+    if args.do_train:
+        trained = train(
+            *(accelerator, args, model, prepared.blocks["train"], prepared.collator),
+            count_items=count_tokens,
+            share_of_loss=share_of_loss,
+            evaluate=evaluate,
+            checkpoint=checkpoint,
+        )
+        save_model(accelerator, args, model, prepared.tokenizer)
+        metrics |= record(args, "train", trained)
+    else:
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+    if args.do_eval:
+        found = {name: value for name, value in metrics.items() if name == "epoch"} | evaluate()
+        if args.do_train and args.eval_on_start and accelerator.is_main_process:
+            before = found["eval_perplexity_at_start"] = first_logged(read_log(folder), "eval_perplexity")
+            print(f"Perplexity: {before:.1f} before training, {found['eval_perplexity']:.2f} after")
+        metrics |= record(args, "eval", found)
+    if accelerator.is_main_process:
+        write_sample(accelerator.unwrap_model(model), prepared.tokenizer, sample_args, args)
+    library = "peft" if prepared.model_args.lora else "transformers"
+    card = describe_for_card(prepared, args) | {"library_name": library}
+    finish(args, prepared.model_args.model_name_or_path, card, repository)
+    return metrics
+
+
+@torch.no_grad()
+def _evaluate(accelerator: Accelerator, args: LoopArguments, model: Any, loader: Any) -> dict[str, float]:
+    started, scores = time.time(), TokenScores()
+    model.eval()
+    for batch in loader:
+        rows = score_rows(model(**batch).logits, batch["labels"], shifted=True)
+        # The rows that only fill up the last batch are cut off.
+        scores.add(accelerator.gather_for_metrics(rows))
+    count = len(loader.dataset)
+    steps = math.ceil(count / (args.per_device_eval_batch_size * accelerator.num_processes))
+    metrics = {f"eval_{name}": value for name, value in scores.result().items()}
+    return metrics | speed_metrics("eval", started, num_samples=count, num_steps=steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

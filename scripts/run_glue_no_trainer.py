@@ -1,0 +1,171 @@
+"""Fine-tunes a model with XGrad on a GLUE task or on other texts that have labels, in a loop of its own.
+
+    accelerate launch scripts/run_glue_no_trainer.py --model_name_or_path bert-base-cased --task_name mrpc \\
+        --do_train --do_eval --output_dir outputs/mrpc --num_train_epochs 3 --baseline
+
+The twin of run_glue.py without the Trainer: the same flags (fewer of them), losses and files. `python` starts it, too.
+"""
+
+import dataclasses
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import EvalPrediction, set_seed
+from transformers.trainer_utils import speed_metrics
+
+from accelerate_loop import make_accelerator, make_loader, train
+from glue_data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
+from loop_arguments import LoopArguments
+from loop_results import finish, make_repository, record, save_model
+from pretrained import load_config
+from script_arguments import ModelArguments, RunArguments, ScriptParser, run_script
+from sequence_classification import (
+    check_wanted,
+    describe_for_card,
+    make_classifier,
+    make_collator,
+    metrics_function,
+    tokenize,
+    write_classes_or_scores,
+)
+from training_runs import check_run, run_with_baseline, set_up_logging
+
+PROG = "run_glue_no_trainer.py"
+
+
+@dataclasses.dataclass
+class GlueLoopArguments(LoopArguments):
+    """The arguments of the loop, and one more."""
+
+    do_predict: bool = dataclasses.field(default=False, metadata={"help": "Write predictions for the test data."})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script and return its exit status."""
+    return run_script(PROG, _run, arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    parser = ScriptParser(
+        *(ModelArguments, DataArguments, RunArguments, GlueLoopArguments),
+        prog=PROG,
+        description=(__doc__ or "").splitlines()[0],
+    )
+    model_args, data_args, run_args, args = parser.parse(arguments)
+    set_up_logging(args, "accelerate_loop", "loop_results", "glue_data", "sequence_classification")
+    check_wanted(model_args, args)
+    check_run(run_args, args)
+    config = load_config(model_args)
+    data = read_data(data_args, args, config, {"cache_dir": model_args.cache_dir, "token": model_args.token})
+    run_with_baseline(
+        *(parser, arguments, run_args, args),
+        lambda each, checkpoint: fine_tune(model_args, data_args, each, data, checkpoint),
+    )
+
+
+def fine_tune(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: GlueLoopArguments,
+    data: GlueData,
+    checkpoint: str | None,
+) -> dict[str, float]:
+    """Do one run, from the initial weights to the files that it leaves, and return its metrics."""
+    accelerator = make_accelerator(args)
+    repository = make_repository(args)
+    # The new head is drawn from this: two runs with the same seed start from the same weights.
+    set_seed(args.seed)
+    model, tokenizer, numbers = make_classifier(model_args, data)
+    with args.main_process_first():
+        inputs = tokenize(data, tokenizer, data_args, numbers)
+    taken = inspect.signature(model.forward).parameters
+    inputs = {
+        split: rows.select_columns([n for n in rows.column_names if n in taken]) for split, rows in inputs.items()
+    }
+    mixed = accelerator.mixed_precision != "no"
+    collator = make_collator(tokenizer, on_tensor_cores=mixed and accelerator.device.type == "cuda")
+    loaders = {
+        split: make_loader(accelerator, args, rows, collator, train=False)
+        for split, rows in inputs.items()
+        if split != "train"
+    }
+    compute_metrics = metrics_function(data, numbers)
+
+    def evaluate(split: str = "validation") -> dict[str, float]:
+        return _evaluate(accelerator, args, model, loaders[split], len(inputs[split]), compute_metrics)
+
+    metrics: dict[str, float] = {}
+    if args.do_train:
+        trained = train(
+            *(accelerator, args, model, inputs["train"], collator),
+            # The loss of a window is the mean of its batches' means.
+            count_items=len,
+            share_of_loss=lambda model, batch, batches: model(**batch).loss / batches,
+            evaluate=evaluate,
+            checkpoint=checkpoint,
+        )
+        save_model(accelerator, args, model, tokenizer)
+        metrics |= record(args, "train", trained)
+    else:
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+    if args.do_eval:
+        found = {name: value for name, value in metrics.items() if name == "epoch"}
+        for split, suffix in VALIDATION_SPLITS.items():
+            if split in loaders:
+                found |= {name + suffix: value for name, value in evaluate(split).items()}
+                found[f"eval_samples{suffix}"] = len(inputs[split])
+        metrics |= record(args, "eval", found)
+    if args.do_predict:
+        for split, suffix in TEST_SPLITS.items():
+            if split in loaders:
+                logits = _outputs(accelerator, args, model, loaders[split])["logits"]
+                if accelerator.is_main_process:
+                    write_classes_or_scores(Path(args.output_dir), logits, data, data_args, numbers, suffix)
+    finish(args, model_args.model_name_or_path, describe_for_card(data_args, args), repository)
+    return metrics
+
+
+def _evaluate(
+    accelerator: Accelerator,
+    args: LoopArguments,
+    model: Any,
+    loader: Any,
+    rows: int,
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
+) -> dict[str, float]:
+    started = time.time()
+    outputs = _outputs(accelerator, args, model, loader)
+    scores = compute_metrics(EvalPrediction(predictions=outputs["logits"], label_ids=outputs["labels"]))
+    scores["loss"] = outputs["losses"].mean().item()
+    steps = math.ceil(rows / (args.per_device_eval_batch_size * accelerator.num_processes))
+    metrics = {f"eval_{name}": value for name, value in scores.items()}
+    return metrics | speed_metrics("eval", started, num_samples=rows, num_steps=steps)
+
+
+@torch.no_grad()
+def _outputs(accelerator: Accelerator, args: LoopArguments, model: Any, loader: Any) -> dict[str, np.ndarray]:
+    """Return logits, and where there are labels these and the losses, of all rows and from all processes."""
+    model.eval()
+    found: dict[str, list[np.ndarray]] = {}
+    for batch in loader:
+        outputs = model(**batch)
+        tensors = {"logits": outputs.logits}
+        if "labels" in batch:
+            # The mean of a batch stands for each of its rows; the rows that only fill up the last batch are cut off.
+            losses = outputs.loss.repeat(args.per_device_eval_batch_size)
+            tensors |= {"labels": batch["labels"], "losses": losses}
+        for name, tensor in accelerator.gather_for_metrics(tensors).items():
+            found.setdefault(name, []).append((tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy())
+    return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
