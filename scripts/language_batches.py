@@ -106,12 +106,12 @@ class MaskingCollator:
 
     def mask_once(self, data: TextData) -> TextData:
         """Mask each row once and for all: every evaluation then asks for the same tokens, whatever the batch size."""
-        return data.map(self._masked_row, remove_columns=["word_ids"])
+        unpadded = MaskingCollator(self.tokenizer, self.probability, self.seed)
+        return data.map(unpadded._masked_row, remove_columns=["word_ids"])
 
     def _masked_row(self, row: Row) -> dict[str, list[int]]:
-        length = len(row["input_ids"])
-        batch = MaskingCollator(self.tokenizer, self.probability, self.seed)([row])
-        return {name: batch[name][0, :length].tolist() for name in ("input_ids", "labels")}
+        batch = self([row])
+        return {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
 
     def _seed_of(self, rows: Sequence[Row]) -> int:
         digest = hashlib.blake2b(self.seed.to_bytes(8, "little", signed=True), digest_size=8)

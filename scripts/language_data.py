@@ -6,14 +6,16 @@ one size, and what is left over is a shorter block. Only a last token with nothi
 
 import dataclasses
 import logging
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from script_arguments import InputError, describe_choices, one_line
@@ -30,7 +32,7 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
-_UNREADABLE = (OSError, ValueError, EOFError, datasets.exceptions.DatasetsError, pa.ArrowException)
+_UNREADABLE = (OSError, ValueError, EOFError, zlib.error, datasets.exceptions.DatasetsError, pa.ArrowException)
 # Of a stream, this many texts are read to train a tokenizer.
 _STREAMED_TEXTS = 100_000
 
@@ -128,10 +130,10 @@ def read_texts(
     data_args: LanguageDataArguments, *, do_train: bool, do_eval: bool, hub: dict[str, str | None]
 ) -> Texts:
     """Read what the run needs; hold validation texts out where there are none. `hub` holds cache_dir and token."""
+    given = {"train": data_args.train_file, "validation": data_args.validation_file}
     if data_args.dataset_name is not None:
         splits = _read_hub(data_args, hub)
     else:
-        given = {"train": data_args.train_file, "validation": data_args.validation_file}
         splits = {split: _read_files(path, data_args, hub["cache_dir"]) for split, path in given.items() if path}
     if do_train and "train" not in splits:
         raise InputError("--do_train needs training texts: give --train_file")
@@ -141,7 +143,11 @@ def read_texts(
         splits["train"], splits["validation"] = _hold_out(splits["train"], data_args.validation_split_percentage)
     wanted = {"train": do_train, "validation": do_eval}
     splits = {split: data for split, data in splits.items() if wanted[split]}
-    columns = {_text_column(split, data, data_args.text_column) for split, data in splits.items()}
+    sources = {split: path or data_args.train_file or data_args.dataset_name for split, path in given.items()}
+    columns = {
+        _text_column(f"{split} texts ({sources[split]})", data, data_args.text_column)
+        for split, data in splits.items()
+    }
     if len(columns) > 1:
         raise InputError(f"the splits have their text in different columns, {' and '.join(sorted(columns))}")
     return Texts(splits, columns.pop())
@@ -167,10 +173,21 @@ def _read_files(path: str, data_args: LanguageDataArguments, cache_dir: str | No
     reader, settings = _READERS[suffixes.pop()]
     if reader == "text":
         settings = settings | {"keep_linebreaks": data_args.keep_linebreaks}
+    elif reader == "csv":
+        settings = settings | {"features": _all_text(files[0], settings)}
     names = [str(file) for file in files]
     settings = settings | {"cache_dir": cache_dir, "streaming": data_args.streaming}
     data: TextData = _loaded(path, reader, data_files=names, split="train", **settings)
     return data
+
+
+def _all_text(file: Path, settings: dict[str, Any]) -> Features:
+    """Return features that keep a column of numbers as the text that it is in the file."""
+    try:
+        header = pd.read_csv(file, nrows=0, **settings)
+    except _UNREADABLE as error:
+        raise InputError(f"cannot read {file}: {one_line(error)}") from error
+    return Features({name: Value("string") for name in header.columns})
 
 
 def _suffix(file: Path) -> str:
@@ -194,19 +211,21 @@ def _find_files(path: Path) -> list[Path]:
 def _loaded(source: str, *args: Any, **kwargs: Any) -> Any:
     try:
         return datasets.load_dataset(*args, **kwargs)
-    except _UNREADABLE as error:
+    except (*_UNREADABLE, StopIteration) as error:
         # `datasets` wraps what went wrong in an error that says only that something did.
         cause = error.__cause__ or error
-        empty = isinstance(cause, datasets.arrow_writer.SchemaInferenceError)
+        empty = isinstance(cause, (datasets.arrow_writer.SchemaInferenceError, StopIteration))
         raise InputError(f"cannot read {source}: {'it is empty' if empty else one_line(cause)}") from error
 
 
 def _hold_out(data: TextData, percentage: int) -> tuple[TextData, TextData]:
     if isinstance(data, IterableDataset):
         first = 100 - percentage
+        # A skip, even of nothing, fixes the order of the files; to shuffle would change it, and so these rows.
+        ordered = data.skip(0)
         return (
-            data.filter(lambda _, row: row % 100 < first, with_indices=True),
-            data.filter(lambda _, row: row % 100 >= first, with_indices=True),
+            ordered.filter(lambda _, row: row % 100 < first, with_indices=True),
+            ordered.filter(lambda _, row: row % 100 >= first, with_indices=True),
         )
     kept = len(data) - round(len(data) * percentage / 100)
     if not 0 < kept < len(data):
@@ -215,17 +234,17 @@ def _hold_out(data: TextData, percentage: int) -> tuple[TextData, TextData]:
     return data.select(range(kept)), data.select(range(kept, len(data)))
 
 
-def _text_column(split: str, data: TextData, asked: str | None) -> str:
+def _text_column(called: str, data: TextData, asked: str | None) -> str:
     try:
         row = next(iter(data), None)
     except _UNREADABLE as error:
-        raise InputError(f"cannot read the {split} texts: {one_line(error)}") from error
+        raise InputError(f"cannot read the {called}: {one_line(error)}") from error
     if row is None:
-        raise InputError(f"the {split} texts are empty: there are no rows")
+        raise InputError(f"the {called} are empty: there are no rows")
     names = list(row)
     if asked is not None and asked not in names:
         raise InputError(
-            f"the {split} texts have no column {asked!r}; there are {', '.join(names)}{describe_choices(asked, names)}"
+            f"the {called} have no column {asked!r}; there are {', '.join(names)}{describe_choices(asked, names)}"
         )
     column = asked or ("text" if "text" in names else names[0] if len(names) == 1 else None)
     if column is None:
@@ -256,10 +275,17 @@ class BlockCutter:
     whole_words: bool = False
     by_line: bool = False
 
+    def __post_init__(self) -> None:
+        if self.whole_words and not self.tokenizer.is_fast:
+            raise InputError(
+                f"--whole_word_masking needs a fast tokenizer; {type(self.tokenizer).__name__} does not tell words"
+            )
+
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         texts = [_checked_text(text) for text in batch[self.column]]
         if self.by_line:
-            texts = [text.strip() for text in texts if text.strip()]
+            # A tokenizer cannot take no texts at all; an empty one makes no row.
+            texts = [text.strip() for text in texts if text.strip()] or [""]
         encoded = self.tokenizer(
             texts,
             # Masked, they go around each block, not around each text.
@@ -272,7 +298,9 @@ class BlockCutter:
         if not self.masked:
             # A single token has nothing before it, and a first token is never predicted.
             return {"input_ids": [block for block in self._cut(tokens, self.size) if len(block) > 1]}
-        words = [_words(encoded, row, len(ids), self.whole_words) for row, ids in enumerate(tokens)]
+        words: list[list[int]] = [
+            encoded.word_ids(row) if self.whole_words else list(range(len(ids))) for row, ids in enumerate(tokens)
+        ]
         before, after = _special_tokens(self.tokenizer)
         inner = self.size - len(before) - len(after)
         outer = ([NO_WORD] * len(before), [NO_WORD] * len(after))
@@ -286,15 +314,6 @@ class BlockCutter:
             return [row[:size] for row in rows if row]
         joined = list(chain.from_iterable(rows))
         return [joined[start : start + size] for start in range(0, len(joined), size)]
-
-
-def _words(encoded: Any, row: int, count: int, whole: bool) -> list[int]:
-    if not whole:
-        return list(range(count))
-    # None is a token that no word of the text stands behind: it is then a word by itself.
-    numbers = encoded.word_ids(row)
-    most = max((number for number in numbers if number is not None), default=-1) + 1
-    return [most + place if number is None else number for place, number in enumerate(numbers)]
 
 
 def _numbered(rows: Iterable[list[int]]) -> Iterator[list[int]]:

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from bpe_tokenizer import train_tokenizer
 from language_data import Texts, check_positive
@@ -64,6 +65,8 @@ class LanguageModelArguments(ModelArguments):
             raise ValueError(f"--model_type {self.model_type!r} is no type of model that Transformers knows{close}")
         if self.config_overrides and self.model_name_or_path:
             raise ValueError("--config_overrides is for new models: it excludes --model_name_or_path")
+        if self.config_overrides and not all("=" in pair for pair in self.config_overrides.split(",")):
+            raise ValueError(f"--config_overrides is name=value,name=value..., not {self.config_overrides!r}")
         if self.new_tokenizer_size is not None and self.tokenizer_name:
             raise ValueError("--new_tokenizer_size and --tokenizer_name exclude each other: give one of the two")
         if self.new_tokenizer_size is not None and self.model_type is None:
@@ -103,18 +106,21 @@ def make_tokenizer(model_args: LanguageModelArguments, texts: Texts, *, masked: 
 def make_config(model_args: LanguageModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """Load the configuration, or make one of the type asked for that fits the tokenizer."""
     overrides = model_args.config_overrides
-    with as_input_error(ValueError, KeyError, prefix=f"--config_overrides {overrides}: "):
-        if model_args.model_type is None:
-            config = load_config(model_args)
-            config.update_from_string(overrides or "")
-            return config
-        kind = CONFIG_MAPPING[model_args.model_type]
-        # The overrides are read as the types of the settings that they replace; made anew, the configuration works out
-        # from them what follows from them (the size of an attention head, say).
-        read = kind()
-        read.update_from_string(overrides or "")
-        names = [pair.partition("=")[0] for pair in (overrides or "").split(",") if pair]
-        return kind(**_vocabulary(read, tokenizer) | {name: getattr(read, name) for name in names})
+    kind = None if model_args.model_type is None else CONFIG_MAPPING[model_args.model_type]
+    config = load_config(model_args) if kind is None else kind()
+    ensure_padding(tokenizer, config)
+    if overrides:
+        with as_input_error(ValueError, TypeError, prefix=f"--config_overrides {overrides}: "):
+            config.update_from_string(overrides)
+    if kind is None:
+        return config
+    # The overrides are read as the types of the settings that they replace; made anew, the configuration works out
+    # from them what follows from them (the size of an attention head, say).
+    names = [pair.partition("=")[0] for pair in (overrides or "").split(",") if pair]
+    with as_input_error(
+        ValueError, TypeError, prefix=f"cannot make a configuration of type {model_args.model_type}: "
+    ):
+        return kind(**_vocabulary(config, tokenizer) | {name: getattr(config, name) for name in names})
 
 
 def _vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -131,7 +137,6 @@ def make_model(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Any:
     """Load the weights or make new ones, with room for every token; with --lora, add the adapters."""
-    ensure_padding(tokenizer, config)
     attention = model_args.attn_implementation
     settings = {} if attention is None else {"attn_implementation": attention}
     model = load_model(auto_class, model_args, config, **settings)
@@ -159,8 +164,25 @@ def block_size(asked: int | None, config: PreTrainedConfig, tokenizer: PreTraine
 
     The second value says whether more were asked for than the model takes.
     """
-    limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    limits = (tokenizer.model_max_length, _positions(config))
     most = min((limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT), default=_NO_LIMIT)
     if asked is None:
         return min(most, _MOST_TOKENS), False
     return min(asked, most), asked > most
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model has positions for, None for any number.
+
+    RoBERTa and its like begin to count behind the number of their padding token: those before it are no use.
+    """
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    # The code of a model that brings its own is not run for this.
+    if positions is None or hasattr(config, "auto_map"):
+        return positions
+    with as_input_error(ValueError, KeyError, ImportError, prefix="cannot make the model: "), torch.device("meta"):
+        model = AutoModel.from_config(config)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - module.padding_idx - 1
+    return positions

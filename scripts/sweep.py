@@ -56,7 +56,8 @@ def _run(arguments: list[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the runs and what is said of them")
     known = parser.parse_args(arguments[:end])
     points = [Point(*values) for values in itertools.product(known.learning_rates, known.xgrad_steps, known.seeds)]
-    if len(set(points)) < len(points):
+    # By their folders, whose names have six digits.
+    if len(set(map(str, points))) < len(points):
         raise InputError("--learning_rates, --xgrad_steps and --seeds must not name a value twice")
     folder: Path = known.output_dir
     _check_sweep(folder, {"script": known.script, "flags": flags})
@@ -114,7 +115,7 @@ def _rows(values: Values) -> list[list[str | float | None]]:
     rows = []
     for (rate, steps), of_seed in _by_setting(values).items():
         plain = {seed: values.get(Point(rate, 0.0, seed)) for seed in of_seed}
-        differences = [value - plain[seed] for seed, value in of_seed.items() if plain[seed] is not None]
+        differences = [value - base for seed, value in of_seed.items() if (base := plain[seed]) is not None]
         lower = sum(difference < 0 for difference in differences)
         compared = bool(differences) and steps != 0
         rows.append(

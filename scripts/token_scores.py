@@ -68,7 +68,7 @@ class TokenScores:
         loss = self.loss / self.tokens if self.tokens else math.nan
         return {
             "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "perplexity": math.inf if loss > 700 else math.exp(loss),
             "accuracy": self.right / self.tokens if self.tokens else math.nan,
             "tokens": self.tokens,
         }
