@@ -64,7 +64,7 @@ class MaskingCollator:
 
     Which ones follows from the seed and the batch alone, not from a random state: a run that was resumed, or reads
     ahead, or in several worker processes, masks as any other. In each epoch a row stands in another batch and is
-    masked anew. Each row has one chosen word at least.
+    masked anew (not so in batches of one). Each row has one chosen word at least.
 
     Args:
         tokenizer: has the mask and padding tokens.

@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from script_arguments import InputError, describe_choices, one_line
 
 TextData: TypeAlias = Dataset | IterableDataset
+# Flags that name data.
+DATA_SOURCES = ("dataset_name", "train_file", "validation_file")
 # The word number of special tokens, which belong to no word.
 NO_WORD = -1
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -103,7 +105,7 @@ class LanguageDataArguments:
     @property
     def named(self) -> bool:
         """Whether any data are named at all."""
-        return bool(self.dataset_name or self.train_file or self.validation_file)
+        return any(getattr(self, name) for name in DATA_SOURCES)
 
 
 def check_positive(name: str, value: int | None) -> None:

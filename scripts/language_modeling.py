@@ -17,8 +17,17 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
-from language_data import BlockCutter, LanguageDataArguments, TextData, Texts, make_blocks, read_texts, texts_from
-from language_models import LanguageModelArguments, block_size, make_config, make_model, make_tokenizer
+from language_data import (
+    DATA_SOURCES,
+    BlockCutter,
+    LanguageDataArguments,
+    TextData,
+    Texts,
+    make_blocks,
+    read_texts,
+    texts_from,
+)
+from language_models import MODEL_SOURCES, LanguageModelArguments, block_size, make_config, make_model, make_tokenizer
 from python_documentation import load_texts
 from run_results import first_logged
 from script_arguments import InputError, RunArguments, ScriptParser, as_input_error
@@ -193,12 +202,11 @@ def run_language_model(
 
 
 def parse_flags(parser: ScriptParser, arguments: list[str], embedded: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Parse flags, those on the model and on the data first; where neither is named, `embedded` are the defaults."""
-    parsed = parser.parse(arguments)
-    model_args, data_args = parsed[:2]
-    if data_args.named:
-        return parsed
-    if model_args.named:
+    """Parse flags; where neither data nor a model is named, `embedded` are the defaults."""
+    values = vars(parser.read(arguments))
+    if any(values[name] for name in DATA_SOURCES):
+        return parser.parse(arguments)
+    if any(values[name] for name in MODEL_SOURCES):
         raise InputError("no data: give --dataset_name or --train_file")
     parser.set_defaults(**embedded)
     return parser.parse(arguments)

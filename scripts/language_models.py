@@ -11,6 +11,8 @@ from language_data import Texts, check_positive
 from pretrained import ensure_padding, load_config, load_model, load_tokenizer
 from script_arguments import InputError, ModelArguments, as_input_error, describe_choices
 
+# Flags that name a model.
+MODEL_SOURCES = ("model_name_or_path", "config_name", "model_type")
 # Tokenizers that know of no limit have a huge number there.
 _NO_LIMIT = 10**6
 _MOST_TOKENS = 1024
@@ -77,18 +79,15 @@ class LanguageModelArguments(ModelArguments):
         if self.lora_target_modules and not self.lora:
             raise ValueError("--lora_target_modules needs --lora")
 
-    @property
-    def named(self) -> bool:
-        """Whether any model is named at all."""
-        return bool(self.model_name_or_path or self.config_name or self.model_type)
-
     def check(self) -> None:
         """Refuse what does not make a model."""
-        if not self.named:
+        if not any(getattr(self, name) for name in MODEL_SOURCES):
             raise InputError("no model: give --model_name_or_path, or --model_type for a new one")
         if self.model_name_or_path is None and self.tokenizer_name is None and self.new_tokenizer_size is None:
             raise InputError("a new model needs a tokenizer: give --tokenizer_name or --new_tokenizer_size")
         if self.lora:
+            if self.model_name_or_path is None:
+                raise InputError("--lora saves adapters only, for a model that is stored: give --model_name_or_path")
             with as_input_error(ImportError, prefix="--lora needs the peft library (pip install peft): "):
                 import peft  # noqa: F401
 

@@ -1,5 +1,6 @@
 """Command lines for the scripts: dataclass flags, a .json or .yaml file of them, and errors of one line."""
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -147,15 +148,22 @@ class ScriptParser(HfArgumentParser):
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Return one instance for each dataclass; a config file may come first, and flags override it."""
+        try:
+            return self.parse_args_into_dataclasses(self._words(arguments), look_for_args_file=False)
+        except ValueError as error:
+            raise InputError(one_line(error)) from error
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Return the values of all flags, before any dataclass has looked at them."""
+        return self.parse_known_args(self._words(arguments))[0]
+
+    def _words(self, arguments: Sequence[str]) -> list[str]:
         flags = list(arguments)
         if flags and flags[0].endswith(CONFIG_SUFFIXES):
             path = Path(flags.pop(0))
             flags = [*self._flags_from(read_config_file(path), path), *flags]
         self._refuse_unknown(self.parse_known_args(flags)[1])
-        try:
-            return self.parse_args_into_dataclasses(flags, look_for_args_file=False)
-        except ValueError as error:
-            raise InputError(one_line(error)) from error
+        return flags
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         for word in words:

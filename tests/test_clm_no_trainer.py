@@ -80,8 +80,11 @@ def test_losses_weights_and_scores_are_those_of_the_trainer(
 
 
 def test_adapters_and_gradient_checkpointing_as_under_the_trainer(tmp_path: Path, texts: tuple[str, ...]) -> None:
-    common = (*SHARED, *texts, "--lora", "--lora_dropout", "0.1", "--gradient_checkpointing", "--max_steps", "5",
-              "--gradient_accumulation_steps", "4")  # fmt: skip
+    stored = str(tmp_path / "stored")
+    run(*SHARED, *texts, "--max_steps", "1", "--output_dir", stored)
+    flags = [flag for flag in SHARED if flag not in MODEL]
+    common = (*flags, *texts, "--model_name_or_path", stored, "--block_size", "13", "--lora", "--lora_dropout", "0.1",
+              "--gradient_checkpointing", "--max_steps", "5", "--gradient_accumulation_steps", "4")  # fmt: skip
     run(*common, "--output_dir", str(tmp_path / "trainer"), script=run_clm)
     run(*common, "--output_dir", str(tmp_path / "loop"))
     assert history(tmp_path / "loop") == history(tmp_path / "trainer")

@@ -255,5 +255,7 @@ def test_flags_that_make_no_model() -> None:
     for settings in ({"model_type": "gpt2"}, {"config_name": "c"}):
         with pytest.raises(InputError, match="a new model needs a tokenizer"):
             LanguageModelArguments(**settings).check()
+    with pytest.raises(InputError, match="--lora saves adapters only"):
+        LanguageModelArguments(config_name="c", tokenizer_name="t", lora=True).check()
     for settings in ({"model_name_or_path": "m", "lora": True}, {"config_name": "c", "tokenizer_name": "t"}):
         LanguageModelArguments(**settings).check()  # type: ignore[arg-type]

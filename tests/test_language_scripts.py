@@ -765,7 +765,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], tuple[str, ...]], str]] = {
     "overrides": ("", lambda _: ("--config_overrides", "n_embdd=3"), "--config_overrides n_embdd=3: key n_embdd"),
     "attention": ("", lambda _: ("--attn_implementation", "quick"), 'attn_implementation="quick"'),
     "tokenizer": ("", lambda _: ("--new_tokenizer_size", "100"), "--new_tokenizer_size: "),
-    "adapters": ("", lambda _: ("--lora", "--lora_target_modules", "no"), "--lora: Target modules {'no'} not found"),
+    "adapters": ("", lambda _: ("--lora",), "--lora saves adapters only, for a model that is stored"),
     "endless": ("", lambda _: ("--streaming", "--max_steps", "-1"), "it needs --max_steps"),
     "processes": ("", lambda _: ("--streaming", "--preprocessing_num_workers", "2"), "exclude each other"),
     "smoothing": ("", lambda _: ("--label_smoothing_factor", "0.1"), "--label_smoothing_factor is not supported"),
@@ -885,3 +885,22 @@ def test_shakespeare(tmp_path: Path) -> None:
     text = gzip.decompress(file.read_bytes()).decode()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer(text[:2000])["input_ids"]) == text[:2000]
+
+
+def test_embedded_defaults_are_there_before_anything_is_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the Trainer's own save_steps of 500 these flags would exclude each other."""
+
+    class Parsed(Exception):  # noqa: N818
+        pass
+
+    def stop(*args: Any) -> None:
+        raise Parsed
+
+    monkeypatch.setattr(language_modeling, "set_up_logging", stop)
+    flags = ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "200", "--use_cpu"]
+    for script in (run_clm, run_mlm):
+        monkeypatch.setitem(script.EMBEDDED, "save_steps", 400)
+        with pytest.raises(Parsed):
+            script.main([*flags, "--output_dir", str(tmp_path)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -12,16 +13,16 @@ import torch
 from transformers import Trainer
 
 import hf_xgrad
-import run_glue
 from script_arguments import ScriptParser
 from tiny_models import Sentences, arguments, bert
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_the_loop_of_readme_trains_on_predicted_weights() -> None:
@@ -67,24 +68,51 @@ def test_the_mixin_of_readme_fits_any_trainer(tmp_path: Path) -> None:
     assert names["trainer"].xgrad_config == hf_xgrad.XGradConfig(steps=2.0)
 
 
-def glue_commands() -> list[list[str]]:
-    text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("python scripts/run_glue.py")]
+def commands() -> list[tuple[str, list[str]]]:
+    """Every script with its flags, as the command blocks of README and docs/ call it."""
+    found = []
+    for page in PAGES:
+        text = "\n".join(blocks("bash", page.read_text(encoding="utf-8"))).replace("\\\n", " ")
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            names = [word for word in words if word.startswith("scripts/")]
+            if names:
+                flags = words[words.index(names[0]) + 1 :]
+                found.append((Path(names[0]).stem, flags))
+    return found
 
 
-@pytest.mark.parametrize("flags", glue_commands(), ids=lambda flags: flags[3])
-def test_the_commands_of_readme_have_flags_that_exist(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to where data would be read."""
+@pytest.mark.parametrize(("script", "flags"), [c for c in commands() if c[0] not in ("demo", "benchmark_step")])
+def test_the_commands_shown_have_flags_that_exist(
+    script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Up to where anything would be read."""
 
     class Parsed(Exception):  # noqa: N818
         pass
 
-    def stop(*args: Any, **kwargs: Any) -> None:
+    parse = ScriptParser.parse
+
+    def parse_and_stop(parser: ScriptParser, arguments: list[str]) -> None:
+        parse(parser, [*arguments, "--use_cpu"])
         raise Parsed
 
-    monkeypatch.setattr(run_glue, "load_config", stop)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ScriptParser, "parse", parse_and_stop)
     with pytest.raises(Parsed):
-        run_glue.main([*flags, "--use_cpu"])
+        importlib.import_module(script).main(flags)
+
+
+def test_each_script_has_a_page_and_readme_links_it() -> None:
+    for script in ("run_glue", "run_clm", "run_mlm", "run_glue_no_trainer", "run_clm_no_trainer"):
+        assert any(name == script for name, _ in commands())
+        assert f"(docs/{script}.md)" in README
+
+
+def test_the_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).is_file(), f"{page.name}: {target}"
 
 
 def test_every_setting_of_xgrad_is_in_readme() -> None:
