@@ -44,8 +44,8 @@ from training_runs import (
 )
 
 METRICS = ("loss", "perplexity", "accuracy")
-# Where nothing is named, a small model is trained on load_texts(): what both scripts have in common then. Two
-# processor cores take a minute or two.
+# Where nothing is named, a small model is trained on load_texts(): what the scripts have in common then. One
+# processor core takes about two minutes.
 EMBEDDED_TRAINING = {
     "new_tokenizer_size": 2048,
     "do_train": True,
@@ -57,7 +57,7 @@ EMBEDDED_TRAINING = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.01,
-    "max_steps": 1500,
+    "max_steps": 1000,
     "logging_steps": 50,
     "save_strategy": "steps",
     "save_steps": 500,
@@ -208,6 +208,8 @@ def parse_flags(parser: ScriptParser, arguments: list[str], embedded: Mapping[st
         return parser.parse(arguments)
     if any(values[name] for name in MODEL_SOURCES):
         raise InputError("no data: give --dataset_name or --train_file")
+    # For so small a model a second thread brings little, and where other processes want the core it costs a lot.
+    torch.set_num_threads(1)
     parser.set_defaults(**embedded)
     return parser.parse(arguments)
 
