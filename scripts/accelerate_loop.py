@@ -31,7 +31,7 @@ from hf_xgrad import WeightPredictor, XGradConfig
 from loop_arguments import LoopArguments, Strategy, make_optimizer, make_schedule
 from run_results import RESUMED, read_json
 from script_arguments import InputError, as_input_error
-from training_runs import STATE_FILE, write_settings
+from training_runs import STATE_FILE
 
 Batch = dict[str, Tensor]
 logger = logging.getLogger(__name__)
@@ -54,8 +54,6 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
             log_with=None if "none" in args.report_to else args.report_to,
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "runs")),
         )
-    if args.fp16 and accelerator.device.type == "cpu":
-        raise InputError("--fp16 does nothing on a CPU: give --bf16")
     kind = accelerator.distributed_type
     if not (kind == DistributedType.NO or kind.value.startswith("MULTI_")):
         raise InputError(f"this loop runs on one device or under DDP, not under {kind.value}")
@@ -124,7 +122,11 @@ def train(
         accelerator.load_state(checkpoint)
         if state.global_step >= max_steps:
             logger.info("Training is complete in %s (step %d): nothing left to train", checkpoint, state.global_step)
-            return read_json(Path(args.output_dir) / "train_results.json")
+            # A run may have been stopped between its last checkpoint and its end.
+            folder = Path(args.output_dir)
+            if accelerator.is_main_process and not (folder / STATE_FILE).is_file():
+                state.save_to_json(str(folder / STATE_FILE))
+            return read_json(folder / "train_results.json")
         logger.info("Resuming from %s (step %d of %d)", checkpoint, state.global_step, max_steps)
     log = _Log(accelerator, args, state)
     if args.eval_on_start and checkpoint is None:
@@ -217,8 +219,6 @@ class _Log:
         self.accelerator, self.args, self.state = accelerator, args, state
         self.started, self.first_step, self.logged_step = time.time(), state.global_step, state.global_step
         self.total_loss = 0.0
-        if accelerator.is_main_process:
-            write_settings(args)
         settings = {name: value for name, value in vars(args).items() if isinstance(value, (bool, int, float, str))}
         settings.pop("hub_token", None)
         accelerator.init_trackers(args.project, config=settings)

@@ -1,7 +1,8 @@
 """The text of the language modelling scripts: its flags, where it is read from, and how it becomes blocks of tokens.
 
 Nothing is thrown away: the texts of a batch (`datasets.map` has 1000 rows in each) are joined and cut into blocks of
-one size, and what is left over is a shorter block. Only a last token with nothing to be predicted from is dropped.
+one size, and what is left over is a shorter block. Only a last token with nothing to be predicted from is dropped,
+and, with --line_by_line, what a line has beyond that size.
 """
 
 import dataclasses
@@ -186,10 +187,16 @@ def _read_files(path: str, data_args: LanguageDataArguments, cache_dir: str | No
 def _all_text(file: Path, settings: dict[str, Any]) -> Features:
     """Return features that keep a column of numbers as the text that it is in the file."""
     try:
-        header = pd.read_csv(file, nrows=0, **settings)
+        start = pd.read_csv(file, nrows=100, **settings)
     except _UNREADABLE as error:
         raise InputError(f"cannot read {file}: {one_line(error)}") from error
-    return Features({name: Value("string") for name in header.columns})
+    if not isinstance(start.index, pd.RangeIndex):
+        # pandas takes what is too much for names of the rows.
+        raise InputError(
+            f"{file} has rows with more fields than its header: put texts with a {settings.get('sep', 'comma')!r} in "
+            "quotes, or give them as .txt or .jsonl"
+        )
+    return Features({name: Value("string") for name in start.columns})
 
 
 def _suffix(file: Path) -> str:
@@ -303,7 +310,7 @@ class BlockCutter:
         words: list[list[int]] = [
             encoded.word_ids(row) if self.whole_words else list(range(len(ids))) for row, ids in enumerate(tokens)
         ]
-        before, after = _special_tokens(self.tokenizer)
+        before, after = special_tokens(self.tokenizer)
         inner = self.size - len(before) - len(after)
         outer = ([NO_WORD] * len(before), [NO_WORD] * len(after))
         return {
@@ -326,7 +333,7 @@ def _numbered(rows: Iterable[list[int]]) -> Iterator[list[int]]:
         first += max(row, default=-1) + 1
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the special tokens that the tokenizer puts before and after a text."""
     probe = tokenizer("a", return_special_tokens_mask=True)
     ids, special = probe["input_ids"], probe["special_tokens_mask"]

@@ -25,20 +25,31 @@ from language_data import (
     Texts,
     make_blocks,
     read_texts,
+    special_tokens,
     texts_from,
 )
-from language_models import MODEL_SOURCES, LanguageModelArguments, block_size, make_config, make_model, make_tokenizer
+from language_models import (
+    MODEL_SOURCES,
+    LanguageModelArguments,
+    block_size,
+    check_kind,
+    check_looks_back,
+    make_config,
+    make_model,
+    make_tokenizer,
+)
 from python_documentation import load_texts
 from run_results import first_logged
 from script_arguments import InputError, RunArguments, ScriptParser, as_input_error
 from token_scores import TokenScores, mean_loss, score_rows
 from training_runs import (
+    HUB_ERRORS,
     check_optimizer_flags,
     check_run,
+    do_runs,
     finish,
-    prepare_folder,
+    plan_runs,
     record,
-    run_with_baseline,
     set_up_logging,
     train,
 )
@@ -129,8 +140,7 @@ class LanguageModelTrainer(XGradTrainer):
         super().__init__(
             compute_metrics=self._add_scores,
             preprocess_logits_for_metrics=partial(_score, shifted=shifted),
-            # Causal models divide by the tokens of the window themselves; few masked ones do.
-            compute_loss_func=None if shifted else _masked_loss,
+            compute_loss_func=None if _has_own_loss(kwargs) else partial(_loss, shifted=shifted),
             **kwargs,
         )
 
@@ -163,8 +173,14 @@ def _score(logits: Any, labels: Tensor, *, shifted: bool) -> Tensor:
     return score_rows(logits[0] if isinstance(logits, tuple) else logits, labels, shifted=shifted)
 
 
-def _masked_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    return mean_loss(outputs.logits, labels, num_items_in_batch)
+def _has_own_loss(trainer_settings: dict[str, Any]) -> bool:
+    """Tell a model whose loss is more than that of its tokens (routing), or comes without logits (Liger's kernels)."""
+    config = trainer_settings["model"].config
+    return bool(trainer_settings["args"].use_liger_kernel or getattr(config, "output_router_logits", False))
+
+
+def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, *, shifted: bool) -> Tensor:
+    return mean_loss(outputs.logits, labels, num_items_in_batch, shifted=shifted)
 
 
 def run_language_model(
@@ -188,7 +204,7 @@ def run_language_model(
     model_args, data_args, run_args, *extra, args = parse_flags(parser, arguments, objective.embedded)
     set_up_logging(args, __name__, "language_data")
     _check(model_args, data_args, run_args, args)
-    prepare_folder(args, run_args)
+    runs = plan_runs(parser, arguments, run_args, args, model_args, data_args)
     prepared = prepare(objective, model_args, data_args, args)
 
     def run(each: XGradTrainingArguments, checkpoint: str | None) -> dict[str, float]:
@@ -198,19 +214,18 @@ def run_language_model(
         finish(trainer, describe_for_card(prepared, each))
         return metrics
 
-    run_with_baseline(parser, arguments, run_args, args, run)
+    do_runs(runs, run)
 
 
 def parse_flags(parser: ScriptParser, arguments: list[str], embedded: Mapping[str, Any]) -> tuple[Any, ...]:
     """Parse flags; where neither data nor a model is named, `embedded` are the defaults."""
-    values = vars(parser.read(arguments))
-    if any(values[name] for name in DATA_SOURCES):
-        return parser.parse(arguments)
-    if any(values[name] for name in MODEL_SOURCES):
-        raise InputError("no data: give --dataset_name or --train_file")
-    # For so small a model a second thread brings little, and where other processes want the core it costs a lot.
-    torch.set_num_threads(1)
-    parser.set_defaults(**embedded)
+    given = parser.given(arguments)
+    if given.isdisjoint(DATA_SOURCES):
+        if not given.isdisjoint(MODEL_SOURCES):
+            raise InputError("no data: give --dataset_name or --train_file")
+        # Of two flags that say the same in different ways, the given one counts.
+        rivals = {"max_steps": "num_train_epochs", "new_tokenizer_size": "tokenizer_name"}
+        parser.set_defaults(**{name: value for name, value in embedded.items() if rivals.get(name) not in given})
     return parser.parse(arguments)
 
 
@@ -257,6 +272,7 @@ def prepare(
         if objective.masked and tokenizer.mask_token is None:
             raise InputError(f"the tokenizer {tokenizer.name_or_path} has no mask token: it is not for masked models")
         config = make_config(model_args, tokenizer)
+        check_kind(objective.auto_class, config)
         wanted = objective.wanted_size(data_args)
         size, too_many = block_size(wanted, config, tokenizer)
         if too_many:
@@ -273,9 +289,22 @@ def _read(data_args: LanguageDataArguments, model_args: LanguageModelArguments, 
     if data_args.named:
         hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
         return read_texts(data_args, do_train=args.do_train, do_eval=args.do_eval, hub=hub)
+    # For so small a model a second thread brings little, and where other processes want the core it costs a lot.
+    torch.set_num_threads(1)
     train_texts, validation_texts = load_texts()
     splits = {"train": train_texts} if args.do_train else {}
     return texts_from(splits | ({"validation": validation_texts} if args.do_eval else {}))
+
+
+def make_language_model(prepared: Prepared) -> Any:
+    """Load the model of a run, or make a new one."""
+    objective = prepared.objective
+    model = make_model(objective.auto_class, prepared.model_args, prepared.config, prepared.tokenizer)
+    if not objective.masked:
+        check_looks_back(model)
+    # For whoever generates; the Trainer sets it, too.
+    model.config.pad_token_id = prepared.tokenizer.pad_token_id
+    return model
 
 
 def _make_trainer(prepared: Prepared, args: XGradTrainingArguments) -> LanguageModelTrainer:
@@ -289,8 +318,8 @@ def _make_trainer(prepared: Prepared, args: XGradTrainingArguments) -> LanguageM
         args.include_num_input_tokens_seen = "non_padding"
     # New weights are drawn from this: two runs with the same seed start from the same ones.
     set_seed(args.seed)
-    model = make_model(prepared.objective.auto_class, prepared.model_args, prepared.config, prepared.tokenizer)
-    with as_input_error(ValueError, ImportError):
+    model = make_language_model(prepared)
+    with as_input_error(ValueError, ImportError, *HUB_ERRORS):
         return LanguageModelTrainer(
             shifted=not prepared.objective.masked,
             model=model,
@@ -329,25 +358,31 @@ def describe_for_card(prepared: Prepared, args: Any) -> dict[str, Any]:
         on_hub = {} if Path(data_args.dataset_name).exists() else {"dataset_tags": data_args.dataset_name}
         return card | on_hub | {"dataset": data_args.dataset_name, "dataset_args": data_args.dataset_config_name}
     files = [Path(path).name for path in (data_args.train_file, data_args.validation_file) if path]
-    return card | {"dataset": ", ".join(files) or "the documentation of Python"}
+    return card | {"dataset": ", ".join(files) or "Python documentation"}
 
 
 def sample_text(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int, seed: int, top_k: int = 40
 ) -> str:
     """Return the prompt and `length` tokens that a causal model writes after it, fewer where its positions end."""
-    encoded = tokenizer(prompt or tokenizer.bos_token or tokenizer.eos_token or "", return_tensors="pt")
-    inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    # Without the tokens that the tokenizer puts after a text: the model is to go on.
+    before, _ = special_tokens(tokenizer)
+    ids = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        ids = [next((start for start in starts if start is not None), 0)]
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and positions > 0:
-        inputs = {name: tensor[:, 1 - positions :] for name, tensor in inputs.items()}
-        length = min(length, positions - inputs["input_ids"].shape[1])
+        ids = ids[1 - positions :]
+        length = min(length, positions - len(ids))
+    inputs = torch.tensor([ids], device=model.device)
     with torch.random.fork_rng():
-        set_seed(seed)
+        torch.manual_seed(seed)
         was_training = model.training
         model.eval()
         output = model.generate(
-            **inputs,
+            inputs,
+            attention_mask=torch.ones_like(inputs),
             do_sample=True,
             top_k=top_k,
             min_new_tokens=length,

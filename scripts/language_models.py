@@ -1,5 +1,6 @@
 """The model of the language modelling scripts: its flags, a new configuration and tokenizer, LoRA adapters."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrained
 
 from bpe_tokenizer import train_tokenizer
 from language_data import Texts, check_positive
-from pretrained import ensure_padding, load_config, load_model, load_tokenizer
+from pretrained import ensure_padding_token, load_config, load_model, load_tokenizer
 from script_arguments import InputError, ModelArguments, as_input_error, describe_choices
 
 # Flags that name a model.
@@ -107,7 +108,10 @@ def make_config(model_args: LanguageModelArguments, tokenizer: PreTrainedTokeniz
     overrides = model_args.config_overrides
     kind = None if model_args.model_type is None else CONFIG_MAPPING[model_args.model_type]
     config = load_config(model_args) if kind is None else kind()
-    ensure_padding(tokenizer, config)
+    ensure_padding_token(tokenizer)
+    if config.pad_token_id == tokenizer.eos_token_id:
+        # Many models learn nothing of the token that pads, and this one also ends the texts.
+        config.pad_token_id = None
     if overrides:
         with as_input_error(ValueError, TypeError, prefix=f"--config_overrides {overrides}: "):
             config.update_from_string(overrides)
@@ -126,7 +130,37 @@ def _vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
     """Return the settings of a configuration that its tokenizer decides."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id")
     tokens = {name: getattr(tokenizer, name) for name in names if hasattr(config, name)}
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokens["pad_token_id"] = None
     return {"vocab_size": len(tokenizer), **tokens}
+
+
+def check_kind(auto_class: Any, config: PreTrainedConfig) -> None:
+    """Refuse a configuration that `auto_class` makes no model of."""
+    if type(config) not in auto_class._model_mapping and not hasattr(config, "auto_map"):
+        kind = auto_class.__name__.removeprefix("AutoModelFor")
+        raise InputError(f"a model of type {config.model_type} is no {kind}: Transformers has no such model")
+
+
+def check_looks_back(model: Any) -> None:
+    """Refuse a causal model that sees the tokens which it is to predict."""
+    if model.config._attn_implementation not in ("eager", "sdpa"):
+        # The others may need a device that the model is not on yet.
+        return
+    row = torch.arange(8)
+    rows = torch.stack([row, row.clone()]) % model.get_input_embeddings().weight.shape[0]
+    rows[1, -1] = rows[0, 0]
+    was_training = model.training
+    with torch.no_grad():
+        logits = model.eval()(input_ids=rows.to(model.device)).logits
+    model.train(was_training)
+    # More than a difference in rounding, which grouping tokens by experts, say, can make.
+    tolerance = 64 * torch.finfo(logits.dtype).eps * logits.abs().max()
+    if (logits[0, :-1] - logits[1, :-1]).abs().max() > tolerance:
+        raise InputError(
+            f"a model of type {model.config.model_type} sees the tokens that it is to predict: train it by run_mlm.py "
+            "(or make a new one that looks back only: --config_overrides is_decoder=true, where its type has that)"
+        )
 
 
 def make_model(
@@ -138,8 +172,11 @@ def make_model(
     """Load the weights or make new ones, with room for every token; with --lora, add the adapters."""
     attention = model_args.attn_implementation
     settings = {} if attention is None else {"attn_implementation": attention}
-    model = load_model(auto_class, model_args, config, **settings)
+    # A copy, as a new vocabulary changes it: the next model is to be made from what this one was.
+    model = load_model(auto_class, model_args, copy.deepcopy(config), **settings)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        if model_args.lora:
+            raise InputError("--lora trains no embeddings: the tokenizer has tokens that the model does not know")
         model.resize_token_embeddings(len(tokenizer))
     return _with_adapters(model, model_args) if model_args.lora else model
 

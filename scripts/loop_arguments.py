@@ -8,6 +8,7 @@ import math
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
+import torch
 import transformers
 from accelerate import PartialState
 from accelerate.tracking import get_available_trackers
@@ -17,8 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
-from script_arguments import one_line
+from hf_xgrad import XGradConfig, XGradTrainer, XGradTrainingArguments
 
 Strategy = Literal["no", "steps", "epoch"]
 Optim = Literal[
@@ -112,14 +112,7 @@ class LoopArguments:
     xgrad_weight_decay: bool = _of_trainer("xgrad_weight_decay")
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be a number from 0, not {getattr(self, name)}")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            raise ValueError(f"--num_train_epochs must be more than 0, not {self.num_train_epochs}")
+        XGradConfig.from_args(self)
         if self.fp16 and self.bf16:
             raise ValueError("--fp16 and --bf16 exclude each other: give one of the two")
         self.do_eval = self.do_eval or self.eval_strategy != "no" or self.eval_on_start
@@ -132,19 +125,11 @@ class LoopArguments:
         for tracker in self.report_to:
             if tracker not in known:
                 raise ValueError(f"--report_to {tracker}: not installed, or not known; there are {', '.join(known)}")
-        self._try_optimizer()
 
-    def _try_optimizer(self) -> None:
-        """Make all that steps, for one weight: what is wrong with it shows before a model is loaded."""
-        config = XGradConfig.from_args(self)
-        named = f"--optim {self.optim}"
-        try:
-            optimizer = make_optimizer(nn.Linear(1, 1), self)
-            WeightPredictor(optimizer, config)
-            named = f"--lr_scheduler_type {self.lr_scheduler_type}"
-            make_schedule(optimizer, self, 1)
-        except (ValueError, TypeError, ImportError) as error:
-            raise ValueError(f"{named}: {one_line(error)}") from error
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = PartialState(cpu=self.use_cpu).device
+        return device
 
     @property
     def process_index(self) -> int:

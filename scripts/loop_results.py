@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, ModelCardData
 from loop_arguments import LoopArguments
 from run_results import format_table, read_json, write_json
 from script_arguments import as_input_error
+from training_runs import HUB_ERRORS, pushing
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def make_repository(args: LoopArguments) -> str | None:
     if not args.push_to_hub or args.process_index != 0:
         return None
     name = args.hub_model_id or Path(args.output_dir).absolute().name
-    with as_input_error(OSError, ValueError, prefix=f"--push_to_hub: cannot make {name}: "):
+    with as_input_error(ValueError, *HUB_ERRORS, prefix=f"--push_to_hub: cannot make {name}: "):
         repository = HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True)
     return str(repository.repo_id)
 
@@ -49,12 +50,13 @@ def finish(args: LoopArguments, base_model: str | None, card: dict[str, Any], re
     if args.do_train:
         (folder / "README.md").write_text(_model_card(args, base_model, card), encoding="utf-8")
     if repository is not None:
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=repository,
-            folder_path=str(folder),
-            commit_message="End of training",
-            ignore_patterns=["checkpoint-*", "runs/*", "_*"],
-        )
+        with pushing(folder, repository):
+            HfApi(token=args.hub_token).upload_folder(
+                repo_id=repository,
+                folder_path=str(folder),
+                commit_message="End of training",
+                ignore_patterns=["checkpoint-*", "runs/*", "_*"],
+            )
 
 
 def _model_card(args: LoopArguments, base_model: str | None, card: dict[str, Any]) -> str:

@@ -37,13 +37,18 @@ def load_tokenizer(model_args: ModelArguments) -> PreTrainedTokenizerBase:
 
 def ensure_padding(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Give tokenizer and configuration a padding token where they have none."""
+    ensure_padding_token(tokenizer)
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def ensure_padding_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a padding token where it has none."""
     if tokenizer.pad_token is None:
         # GPT-2 and its like were trained without padding. The attention mask hides it, whichever token it is.
         if tokenizer.eos_token is None:
             raise InputError(f"the tokenizer {tokenizer.name_or_path} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
 
 
 def load_model(auto_class: Any, model_args: ModelArguments, config: PreTrainedConfig, **settings: Any) -> Any:

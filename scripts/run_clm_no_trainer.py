@@ -21,15 +21,15 @@ from transformers.trainer_utils import speed_metrics
 
 from accelerate_loop import Batch, make_accelerator, make_loader, train
 from language_batches import IGNORED
-from language_modeling import Prepared, check_data, describe_for_card, parse_flags, prepare
-from language_models import LanguageModelArguments, make_model
+from language_modeling import Prepared, check_data, describe_for_card, make_language_model, parse_flags, prepare
+from language_models import LanguageModelArguments
 from loop_arguments import LoopArguments
 from loop_results import finish, make_repository, record, save_model
 from run_clm import CAUSAL, CausalDataArguments, SampleArguments, write_sample
 from run_results import first_logged, read_log
 from script_arguments import InputError, RunArguments, ScriptParser, run_script
-from token_scores import TokenScores, score_rows
-from training_runs import check_run, prepare_folder, run_with_baseline, set_up_logging
+from token_scores import TokenScores, mean_loss, score_rows
+from training_runs import check_run, do_runs, plan_runs, set_up_logging
 
 PROG = "run_clm_no_trainer.py"
 
@@ -55,12 +55,9 @@ def _run(arguments: list[str]) -> None:
     model_args.check()
     check_data(data_args, args)
     check_run(run_args, args)
-    prepare_folder(args, run_args)
+    runs = plan_runs(parser, arguments, run_args, args, model_args, data_args)
     prepared = prepare(CAUSAL, model_args, data_args, args)
-    run_with_baseline(
-        *(parser, arguments, run_args, args),
-        lambda each, checkpoint: pretrain_or_fine_tune(prepared, sample_args, each, checkpoint),
-    )
+    do_runs(runs, lambda each, checkpoint: pretrain_or_fine_tune(prepared, sample_args, each, checkpoint))
 
 
 def pretrain_or_fine_tune(
@@ -71,7 +68,9 @@ def pretrain_or_fine_tune(
     repository = make_repository(args)
     # New weights are drawn from this: two runs with the same seed start from the same ones.
     set_seed(args.seed)
-    model = make_model(CAUSAL.auto_class, prepared.model_args, prepared.config, prepared.tokenizer)
+    model = make_language_model(prepared)
+    if getattr(model.config, "output_router_logits", False):
+        raise InputError("this loop leaves out what a mixture of experts adds to its loss; run_clm.py has it")
     rows = prepared.blocks.get("validation")
     loader = None if rows is None else make_loader(accelerator, args, rows, prepared.collator, train=False)
 
@@ -81,7 +80,8 @@ def pretrain_or_fine_tune(
 
     def share_of_loss(model: Any, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         # Every token counts the same, also between processes, of whose gradients DDP takes the mean.
-        loss: torch.Tensor = model(**batch, num_items_in_batch=tokens).loss
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        loss = mean_loss(model(**inputs).logits, batch["labels"], tokens, shifted=True)
         return loss * accelerator.num_processes
 
     def evaluate() -> dict[str, float]:

@@ -27,11 +27,13 @@ from sequence_classification import (
     write_classes_or_scores,
 )
 from training_runs import (
+    HUB_ERRORS,
     check_optimizer_flags,
     check_run,
+    do_runs,
     finish,
+    plan_runs,
     record,
-    run_with_baseline,
     set_up_logging,
     train,
 )
@@ -57,13 +59,11 @@ def _run(arguments: list[str]) -> None:
     check_wanted(model_args, args)
     check_run(run_args, args)
     check_optimizer_flags(args)
+    runs = plan_runs(parser, arguments, run_args, args, model_args, data_args)
     config = load_config(model_args)
     data = read_data(data_args, args, config, {"cache_dir": model_args.cache_dir, "token": model_args.token})
     _check_best_metric(args, data)
-    run_with_baseline(
-        *(parser, arguments, run_args, args),
-        lambda each, checkpoint: fine_tune(model_args, data_args, each, data, checkpoint),
-    )
+    do_runs(runs, lambda each, checkpoint: fine_tune(model_args, data_args, each, data, checkpoint))
 
 
 def _check_best_metric(args: XGradTrainingArguments, data: GlueData) -> None:
@@ -110,7 +110,7 @@ def _make_trainer(
     numbers: Sequence[int],
 ) -> XGradTrainer:
     on_tensor_cores = (args.fp16 or args.bf16) and args.device.type == "cuda"
-    with as_input_error(ValueError, ImportError):
+    with as_input_error(ValueError, ImportError, *HUB_ERRORS):
         return XGradTrainer(
             model=model,
             args=args,

@@ -36,7 +36,7 @@ from sequence_classification import (
     tokenize,
     write_classes_or_scores,
 )
-from training_runs import check_run, run_with_baseline, set_up_logging
+from training_runs import check_run, do_runs, plan_runs, set_up_logging
 
 PROG = "run_glue_no_trainer.py"
 
@@ -63,12 +63,10 @@ def _run(arguments: list[str]) -> None:
     set_up_logging(args, "accelerate_loop", "loop_results", "glue_data", "sequence_classification")
     check_wanted(model_args, args)
     check_run(run_args, args)
+    runs = plan_runs(parser, arguments, run_args, args, model_args, data_args)
     config = load_config(model_args)
     data = read_data(data_args, args, config, {"cache_dir": model_args.cache_dir, "token": model_args.token})
-    run_with_baseline(
-        *(parser, arguments, run_args, args),
-        lambda each, checkpoint: fine_tune(model_args, data_args, each, data, checkpoint),
-    )
+    do_runs(runs, lambda each, checkpoint: fine_tune(model_args, data_args, each, data, checkpoint))
 
 
 def fine_tune(

@@ -1,6 +1,5 @@
 """Command lines for the scripts: dataclass flags, a .json or .yaml file of them, and errors of one line."""
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -153,9 +152,9 @@ class ScriptParser(HfArgumentParser):
         except ValueError as error:
             raise InputError(one_line(error)) from error
 
-    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Return the values of all flags, before any dataclass has looked at them."""
-        return self.parse_known_args(self._words(arguments))[0]
+    def given(self, arguments: Sequence[str]) -> set[str]:
+        """Return the names of the flags that are there, on the command line or in the config file."""
+        return {word.partition("=")[0][2:] for word in self._words(arguments) if word.startswith("--")}
 
     def _words(self, arguments: Sequence[str]) -> list[str]:
         flags = list(arguments)

@@ -19,10 +19,12 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from run_results import STYLES, format_table, new_figure, read_json, write_json
-from script_arguments import InputError, describe_choices, run_script
+from script_arguments import CONFIG_SUFFIXES, InputError, describe_choices, read_config_file, run_script
 
 PROG = "sweep.py"
 SCRIPTS = ("run_clm.py", "run_mlm.py", "run_glue.py")
+# Flags that the sweep itself sets for each run, or that would undo them.
+SWEPT = ("seed", "learning_rate", "xgrad", "no_xgrad", "xgrad_steps", "output_dir", "baseline")
 
 
 class Point(NamedTuple):
@@ -59,6 +61,7 @@ def _run(arguments: list[str]) -> None:
     # By their folders, whose names have six digits.
     if len(set(map(str, points))) < len(points):
         raise InputError("--learning_rates, --xgrad_steps and --seeds must not name a value twice")
+    _check_flags(flags)
     folder: Path = known.output_dir
     _check_sweep(folder, {"script": known.script, "flags": flags})
     script = importlib.import_module(known.script.removesuffix(".py"))
@@ -67,6 +70,16 @@ def _run(arguments: list[str]) -> None:
         print(f"Run {number} of {len(points)}: {point}", flush=True)
         values[point] = _value(script, point, folder, known.metric, flags)
     _show(values, known.metric, folder)
+
+
+def _check_flags(flags: list[str]) -> None:
+    """Refuse flags for the script which the sweep decides."""
+    names = [word[2:].split("=")[0] for word in flags if word.startswith("--")]
+    if flags and flags[0].endswith(CONFIG_SUFFIXES):
+        names += read_config_file(Path(flags[0]))
+    for name in names:
+        if name in SWEPT:
+            raise InputError(f"{name} is not for the flags after `--`: the sweep decides it")
 
 
 def _check_sweep(folder: Path, settings: dict[str, Any]) -> None:

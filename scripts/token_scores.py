@@ -37,11 +37,19 @@ def score_rows(logits: Tensor, labels: Tensor, *, shifted: bool) -> Tensor:
     return torch.stack(scores)
 
 
-def mean_loss(logits: Tensor, labels: Tensor, tokens: Tensor | int | None) -> Tensor:
-    """Return the loss of logits that are for the token they stand at, as masked models have them.
+def mean_loss(logits: Tensor, labels: Tensor, tokens: Tensor | int | None, *, shifted: bool) -> Tensor:
+    """Return the loss to train on, divided by `tokens`.
 
-    It is divided by `tokens`, those of the whole accumulation window; None stands for those of this batch.
+    Not the model's own: some models do not know of accumulation windows, some do not shift their labels.
+
+    Args:
+        logits: [rows, tokens, vocabulary].
+        labels: [rows, tokens]; -100 is passed over.
+        tokens: the number of predicted ones in the whole accumulation window; None stands for those of this batch.
+        shifted: whether a token's logits are for the token after it, as in causal models.
     """
+    if shifted:
+        labels = functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
     total = functional.cross_entropy(
         logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum"
     )

@@ -3,33 +3,81 @@
 With --baseline there are two, side by side.
 """
 
+import dataclasses
+import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import transformers
+from accelerate import PartialState
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
+from transformers.utils.import_utils import is_liger_kernel_available
 
-from hf_xgrad import XGradTrainer, XGradTrainingArguments
+from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
+from loop_arguments import Optim, make_optimizer, make_schedule
 from run_results import RESUMED, compare, format_comparison, read_json, write_comparison, write_json
-from script_arguments import InputError, RunArguments, ScriptParser, as_input_error
+from script_arguments import InputError, RunArguments, ScriptParser, as_input_error, one_line
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "xgrad_settings.json"
 # Accelerate writes it into its checkpoints, the Trainer does not.
 LOOP_FILE = "random_states_0.pkl"
-XGRAD_SETTINGS = ("xgrad", "xgrad_steps", "xgrad_rule", "xgrad_weight_decay")
+# What makes a training another one, of the flags of the Trainer or of the loop; others have fewer of them.
+_TRAINING = (
+    *("xgrad", "xgrad_steps", "xgrad_rule", "xgrad_weight_decay"),
+    *("seed", "data_seed", "full_determinism", "train_sampling_strategy", "dataloader_drop_last"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16"),
+    *("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("label_smoothing_factor", "neftune_noise_alpha"),
+)
+# What does not, of all flags on model and data.
+_NOT_TRAINING = (
+    *("cache_dir", "token", "overwrite_cache", "preprocessing_num_workers", "low_cpu_mem_usage"),
+    *("attn_implementation", "trust_remote_code", "metrics", "max_eval_samples"),
+    *("test_file", "test_mismatched_file", "validation_mismatched_file", "max_predict_samples"),
+)
 # What a comparison says of the two runs beside their metrics.
 SHARED_SETTINGS = ("seed", "optim", "learning_rate", "xgrad_steps", "xgrad_rule", "xgrad_weight_decay")
 # A run that ended leaves these; to train into their folder again would overwrite them.
 _FINISHED = ("*.safetensors", "*.bin", "*_results.json", "README.md", "predict_results*.tsv")
 
+# What the Hub, or the way to it, may raise; HTTPError is that of the client which huggingface_hub has.
+HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HTTPError)
+
 logger = logging.getLogger(__name__)
+
+
+class PushError(InputError):
+    """A run is complete, but for its push."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is to be done in one output folder.
+
+    Attributes:
+        args: TrainingArguments, or LoopArguments.
+        checkpoint: what is gone on with, if there is anything.
+        settings: what makes it this run and not another, as plain values.
+    """
+
+    args: Any
+    checkpoint: str | None
+    settings: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.args.output_dir))
 
 
 def set_up_logging(args: Any, *modules: str) -> None:
@@ -43,7 +91,15 @@ def set_up_logging(args: Any, *modules: str) -> None:
 
 
 def check_run(run_args: RunArguments, args: Any) -> None:
-    """Refuse flags that exclude each other. `args` are TrainingArguments, or have those of their fields read here."""
+    """Refuse flags that no run can have. `args` are TrainingArguments, or LoopArguments."""
+    _check_numbers(args)
+    _try_optimizer(args)
+    if args.fp16 and args.device.type == "cpu":
+        raise InputError("--fp16 does nothing on a CPU: give --bf16")
+    if args.eval_on_start and not args.do_eval:
+        raise InputError("--eval_on_start needs data to evaluate on: give --do_eval")
+    if getattr(args, "use_liger_kernel", False) and not is_liger_kernel_available():
+        raise InputError("--use_liger_kernel needs the package liger-kernel, which is not installed")
     if args.resume_from_checkpoint and not run_args.resume:
         raise InputError("--resume_from_checkpoint and --no_resume exclude each other")
     if not run_args.baseline:
@@ -56,39 +112,98 @@ def check_run(run_args: RunArguments, args: Any) -> None:
         raise InputError("--baseline resumes each run from its own folder: it excludes --resume_from_checkpoint")
 
 
+def _check_numbers(args: Any) -> None:
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name} must be a number from 0, not {getattr(args, name)}")
+    for name in ("seed", "data_seed"):
+        # NumPy takes no others.
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 2**32:
+            raise InputError(f"--{name} must be a number from 0 to {2**32 - 1}, not {getattr(args, name)}")
+    if not 0 < args.num_train_epochs < math.inf and args.max_steps <= 0:
+        raise InputError(f"--num_train_epochs must be more than 0, not {args.num_train_epochs}")
+
+
+def _try_optimizer(args: Any) -> None:
+    """Make all that steps, for one weight: what is wrong with it shows before a model is loaded."""
+    if args.optim not in get_args(Optim):
+        # Others want a model, another library or a GPU.
+        return
+    named = f"--optim {getattr(args.optim, 'value', args.optim)}"
+    try:
+        optimizer = make_optimizer(nn.Linear(1, 1), args)
+        WeightPredictor(optimizer, XGradConfig.from_args(args))
+        named = f"--lr_scheduler_type {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}"
+        make_schedule(optimizer, args, 1)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"{named}: {one_line(error)}") from error
+
+
 def check_optimizer_flags(args: XGradTrainingArguments) -> None:
     """Refuse, before a model is loaded, an optimizer that the trainer would refuse."""
     with as_input_error(ValueError, ImportError):
         XGradTrainer.check_arguments(args)
 
 
-def run_with_baseline(
-    parser: ScriptParser,
-    arguments: Sequence[str],
-    run_args: RunArguments,
-    args: Any,
-    run: Callable[[Any, str | None], dict[str, float]],
-) -> None:
-    """Do the run that the command line `arguments` asks for; with --baseline, the one without XGrad too.
+def plan_runs(
+    parser: ScriptParser, arguments: Sequence[str], run_args: RunArguments, args: Any, *flags: Any
+) -> list[Run]:
+    """Return the run that the command line `arguments` asks for, and with --baseline the one without XGrad too.
 
-    `run` gets the arguments of one run and the checkpoint to resume from, and returns its metrics. `args`, what
-    `parser` makes of `arguments` last, are TrainingArguments, or have those of their fields that are read here.
+    Their folders are made, and refused where they hold what would be overwritten or taken for these runs' own.
+
+    Args:
+        args: what `parser` makes of `arguments` last.
+        flags: the dataclasses of flags on model and data.
     """
-    runs = [args]
+    of_runs = [args]
     if run_args.baseline:
         changed = ["--no_xgrad", f"--output_dir={baseline_folder(str(args.output_dir))}", "--push_to_hub=false"]
-        runs.append(parser.parse([*arguments, *changed])[-1])
-    checkpoints = [prepare_folder(each, run_args) for each in runs]
-    results = []
-    for each, checkpoint in zip(runs, checkpoints, strict=True):
-        if run_args.baseline:
-            logger.info("The run with XGrad %s, in %s", "on" if each.xgrad else "off", each.output_dir)
-        results.append(run(each, checkpoint))
-    if run_args.baseline and args.process_index == 0:
+        of_runs.append(parser.parse([*arguments, *changed])[-1])
+    runs = []
+    for each in of_runs:
+        settings = _settings(each, flags)
+        runs.append(Run(each, _checkpoint(each, run_args, settings), settings))
+    # No process writes before the others have looked.
+    PartialState().wait_for_everyone()
+    for run in runs:
+        try:
+            with tempfile.TemporaryFile(dir=run.folder):
+                pass
+        except OSError as error:
+            raise _unwritable(run.folder, error) from error
+    return runs
+
+
+def do_runs(runs: Sequence[Run], run: Callable[[Any, str | None], dict[str, float]]) -> None:
+    """Do what is planned, and show two runs side by side.
+
+    `run` gets the arguments of one run and the checkpoint to go on with, and returns its metrics.
+    """
+    results, not_pushed = [], None
+    main = runs[0]
+    for each in runs:
+        if len(runs) > 1:
+            logger.info("The run with XGrad %s, in %s", "on" if each.args.xgrad else "off", each.folder)
+        if each.args.do_train and each.args.process_index == 0:
+            write_json(each.folder / SETTINGS_FILE, each.settings)
+        try:
+            results.append(run(each.args, each.checkpoint))
+        except PushError as error:
+            # The push comes last, and does not keep the other run from being done.
+            not_pushed = error
+            results.append(read_json(each.folder / "all_results.json"))
+    if len(runs) > 1 and main.args.process_index == 0:
         rows = compare(*results)
-        settings = {name: getattr(args, name) for name in SHARED_SETTINGS}
-        write_comparison(Path(str(args.output_dir)) / "comparison.json", rows, settings)
+        write_comparison(
+            main.folder / "comparison.json", rows, {name: getattr(main.args, name) for name in SHARED_SETTINGS}
+        )
         print(format_comparison(rows))
+    if not_pushed is not None:
+        raise not_pushed
 
 
 def baseline_folder(output_dir: str) -> str:
@@ -96,27 +211,36 @@ def baseline_folder(output_dir: str) -> str:
     return f"{output_dir.rstrip('/')}-baseline"
 
 
-def prepare_folder(args: Any, run: RunArguments) -> str | None:
+def _settings(args: Any, flags: Sequence[Any]) -> dict[str, Any]:
+    settings = {name: getattr(args, name) for name in _TRAINING if hasattr(args, name)}
+    for each in flags:
+        settings |= {name: value for name, value in vars(each).items() if name not in _NOT_TRAINING}
+    # As they are read again from their file.
+    plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
+    return plain
+
+
+def _checkpoint(args: Any, run_args: RunArguments, settings: dict[str, Any]) -> str | None:
     """Make the output folder, refuse to overwrite another run's results, and return the checkpoint to resume from."""
     folder = Path(str(args.output_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
     except OSError as error:
-        raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
+        raise _unwritable(folder, error) from error
     if not args.do_train:
         return None
-    if not run.resume:
-        if any(folder.iterdir()):
+    if not run_args.resume:
+        # A run that came to nothing before its training leaves its settings alone.
+        if any(path.name != SETTINGS_FILE for path in folder.iterdir()):
             raise InputError(f"--no_resume starts over in an empty folder only, but --output_dir {folder} has files")
         return None
     if args.resume_from_checkpoint:
         return _checked(_given_checkpoint(Path(args.resume_from_checkpoint)), args)
     checkpoint = _last_checkpoint(folder)
     if checkpoint is not None:
-        _check_settings(args, folder)
-        return _checked(checkpoint, args)
+        _checked(checkpoint, args)
+        _check_settings(settings, folder)
+        return checkpoint
     if any(path for pattern in _FINISHED for path in folder.glob(pattern)):
         raise InputError(
             f"--output_dir {folder} holds another run's results and no checkpoint to resume from; name a new folder"
@@ -124,18 +248,17 @@ def prepare_folder(args: Any, run: RunArguments) -> str | None:
     return None
 
 
-def write_settings(args: Any) -> None:
-    """Leave XGrad's settings in the output folder, so that no run with others goes on with this one."""
-    settings = {name: getattr(args, name) for name in XGRAD_SETTINGS}
-    write_json(Path(str(args.output_dir)) / SETTINGS_FILE, settings)
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"--output_dir {folder} cannot be written: {error.strerror}")
 
 
-def _check_settings(args: Any, folder: Path) -> None:
-    """Refuse to go on with a run under other settings of XGrad: its results would be taken for theirs."""
-    for name, value in read_json(folder / SETTINGS_FILE).items():
-        if value != getattr(args, name):
+def _check_settings(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with a run under settings that make another one: its results would be taken for theirs."""
+    stored = read_json(folder / SETTINGS_FILE)
+    for name, value in settings.items():
+        if name in stored and stored[name] != value:
             raise InputError(
-                f"--output_dir {folder} holds a run with {name}={value}, not {getattr(args, name)}; name a new folder "
+                f"--output_dir {folder} holds a run with {name}={stored[name]}, not {value}; name a new folder "
                 "(and --resume_from_checkpoint, to go on with that run all the same)"
             )
 
@@ -178,10 +301,10 @@ def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
 
 
 def _trained(trainer: Trainer, checkpoint: str | None, extra: dict[str, float]) -> dict[str, float]:
-    if trainer.is_world_process_zero():
-        write_settings(trainer.args)
+    # Now, as --save_total_limit may let the training remove its checkpoint.
+    seen_before = _tokens_seen(checkpoint)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | extra
-    tokens = trainer.state.num_input_tokens_seen - _tokens_seen(checkpoint)
+    tokens = trainer.state.num_input_tokens_seen - seen_before
     if tokens > 0:
         metrics["train_tokens_per_second"] = round(tokens / metrics["train_runtime"], 1)
     # An "internal" call is one that does not push: results and card are still to be written.
@@ -250,4 +373,17 @@ def finish(trainer: Trainer, card: dict[str, Any]) -> None:
             model.get_base_model().add_model_tags(card["tags"])
         trainer.create_model_card(**card)
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(**card)
+        with pushing(trainer.args.output_dir, trainer.hub_model_id):
+            trainer.push_to_hub(**card)
+
+
+@contextmanager
+def pushing(folder: Any, repository: str | None) -> Iterator[None]:
+    """`with` this: where the Hub cannot be reached or refuses, say how to push later what was trained."""
+    try:
+        yield
+    except HUB_ERRORS as error:
+        command = f"hf upload {repository} {folder} . --exclude 'checkpoint-*'"
+        raise PushError(
+            f"--push_to_hub: {folder} is complete but not pushed ({one_line(error)}); to push it: {command}"
+        ) from error

@@ -337,6 +337,10 @@ FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty folder": (empty_folder, r"none has no files that can be read \(\.txt, "),
     "empty txt": (lambda path: bad(path / "a.txt", b""), "empty"),
     "empty csv": (lambda path: bad(path / "a.csv", b""), "cannot read .*a.csv: No columns to parse from file"),
+    "open quotes": (
+        lambda path: bad(path / "a.csv", b"text\nHello there, my friend\n"),
+        r"a\.csv has rows with more fields than its header: put texts with a 'comma' in quotes",
+    ),
     "header only": (lambda path: bad(path / "a.csv", b"text\n"), "empty|no data"),
     "empty jsonl": (lambda path: bad(path / "a.jsonl", b""), "empty"),
     "encoding": (lambda path: bad(path / "a.txt", b"fine\n\xff\xfe\n"), r"a\.txt\)?: 'utf-8' codec can't decode"),

@@ -1,5 +1,6 @@
 """The model that the flags ask for: a new configuration and tokenizer, weights, LoRA adapters, room for the blocks."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,25 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    BertConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    XLNetConfig,
 )
 
 from bpe_tokenizer import train_tokenizer
 from language_data import texts_from
-from language_models import LanguageModelArguments, block_size, make_config, make_model, make_tokenizer
+from language_models import (
+    LanguageModelArguments,
+    block_size,
+    check_kind,
+    check_looks_back,
+    make_config,
+    make_model,
+    make_tokenizer,
+)
 from script_arguments import InputError
 
 GPT2 = "n_embd=16,n_layer=1,n_head=2,n_positions=24"
@@ -56,7 +68,8 @@ def test_a_new_configuration_fits_the_tokenizer(tokenizer: PreTrainedTokenizerFa
     for model_type in ("gpt2", "llama"):
         config = make_config(new(model_type), causal)
         assert config.vocab_size == len(causal)
-        assert {config.bos_token_id, config.eos_token_id, config.pad_token_id} == {causal.eos_token_id}
+        assert config.bos_token_id == config.eos_token_id == causal.eos_token_id == causal.pad_token_id
+        assert config.pad_token_id is None
     config = make_config(new("modernbert"), tokenizer)
     assert (config.vocab_size, config.pad_token_id) == (len(tokenizer), tokenizer.pad_token_id)
     assert (config.cls_token_id, config.sep_token_id) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -259,3 +272,62 @@ def test_flags_that_make_no_model() -> None:
         LanguageModelArguments(config_name="c", tokenizer_name="t", lora=True).check()
     for settings in ({"model_name_or_path": "m", "lora": True}, {"config_name": "c", "tokenizer_name": "t"}):
         LanguageModelArguments(**settings).check()  # type: ignore[arg-type]
+
+
+def test_a_token_that_ends_texts_and_pads_is_learned() -> None:
+    causal = train_tokenizer(["the saw"], 260, masked=False, model_max_length=10**6)
+    arguments = new("llama", config_overrides="hidden_size=16,intermediate_size=16,num_hidden_layers=1,"
+                    "num_attention_heads=2,num_key_value_heads=2")  # fmt: skip
+    config = make_config(arguments, causal)
+    for _ in range(2):
+        model = make_model(AutoModelForCausalLM, arguments, config, causal)
+        ids = torch.tensor([[5, causal.eos_token_id, 6]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert model.get_input_embeddings().weight.grad[causal.eos_token_id].any()
+
+
+def test_models_of_one_configuration_start_alike(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Though the first was given a larger vocabulary."""
+    config = GPT2Config(vocab_size=len(tokenizer) - 9, n_embd=8, n_layer=1, n_head=1)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(make_model(AutoModelForCausalLM, LanguageModelArguments(config_name="c"), config, tokenizer))
+    assert config.vocab_size == len(tokenizer) - 9
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_adapters_need_the_models_vocabulary(tokenizer: PreTrainedTokenizerFast, trained: str) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([f"new{number}" for number in range(50)])
+    with pytest.raises(InputError, match="--lora trains no embeddings"):
+        made(LanguageModelArguments(model_name_or_path=trained, lora=True), tokenizer)
+
+
+def small_bert(**settings: Any) -> BertConfig:
+    return BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, **settings)
+
+
+def test_a_causal_model_does_not_look_ahead() -> None:
+    for config in (
+        GPT2Config(n_embd=8, n_layer=1, n_head=1),
+        small_bert(is_decoder=True),
+        XLNetConfig(d_model=8, n_layer=1, n_head=1, d_inner=8),
+        small_bert(),
+    ):
+        model = AutoModelForCausalLM.from_config(config)
+        if getattr(config, "is_decoder", False) or config.model_type == "gpt2":
+            check_looks_back(model)
+            assert model.training
+        else:
+            with pytest.raises(InputError, match=f"{config.model_type} sees the tokens that it is to predict"):
+                check_looks_back(model)
+
+
+def test_a_kind_of_model_that_there_is_not() -> None:
+    check_kind(AutoModelForCausalLM, GPT2Config())
+    with pytest.raises(InputError, match="a model of type vit is no CausalLM"):
+        check_kind(AutoModelForCausalLM, ViTConfig())
+    with pytest.raises(InputError, match="a model of type gpt2 is no MaskedLM"):
+        check_kind(AutoModelForMaskedLM, GPT2Config())

@@ -92,16 +92,18 @@ def test_no_tokens_and_a_loss_beyond_all_bounds() -> None:
     assert result == {"loss": 1e4, "perplexity": math.inf, "accuracy": 0.0, "tokens": 1}
 
 
-def test_the_training_loss_is_divided_by_the_tokens_of_the_window() -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_training_loss_is_divided_by_the_tokens_of_the_window(shifted: bool) -> None:
     logits, labels = example()
-    expected = one_by_one(logits, labels, False)
-    assert mean_loss(logits, labels, None).item() == pytest.approx(expected["loss"], rel=1e-6)
+    labels[:, 0] = -100
+    expected = one_by_one(logits, labels, shifted)
+    assert mean_loss(logits, labels, None, shifted=shifted).item() == pytest.approx(expected["loss"], rel=1e-6)
     for tokens in (expected["tokens"], torch.tensor(expected["tokens"])):
-        parts = [mean_loss(logits[rows], labels[rows], tokens) for rows in torch.arange(ROWS).split(3)]
+        parts = [mean_loss(logits[r], labels[r], tokens, shifted=shifted) for r in torch.arange(ROWS).split(3)]
         assert sum(parts).item() == pytest.approx(expected["loss"], rel=1e-6)
 
 
 def test_scores_leave_no_gradient() -> None:
     logits, labels = example()
     assert not score_rows(logits.requires_grad_(), labels, shifted=True).requires_grad
-    assert mean_loss(logits, labels, None).requires_grad
+    assert mean_loss(logits, labels, None, shifted=False).requires_grad
