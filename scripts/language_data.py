@@ -143,6 +143,10 @@ def read_texts(
     if do_eval and "validation" not in splits:
         if "train" not in splits:
             raise InputError("--do_eval needs validation texts: give --validation_file")
+        if not do_train:
+            logger.warning(
+                "Evaluating on a part of the training texts: held out only where --do_eval was given then, too"
+            )
         splits["train"], splits["validation"] = _hold_out(splits["train"], data_args.validation_split_percentage)
     wanted = {"train": do_train, "validation": do_eval}
     splits = {split: data for split, data in splits.items() if wanted[split]}

@@ -149,7 +149,7 @@ class ScriptParser(HfArgumentParser):
         """Return one instance for each dataclass; a config file may come first, and flags override it."""
         try:
             return self.parse_args_into_dataclasses(self._words(arguments), look_for_args_file=False)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise InputError(one_line(error)) from error
 
     def given(self, arguments: Sequence[str]) -> set[str]:

@@ -79,7 +79,7 @@ def _check_flags(flags: list[str]) -> None:
         names += read_config_file(Path(flags[0]))
     for name in names:
         if name in SWEPT:
-            raise InputError(f"{name} is not for the flags after `--`: the sweep decides it")
+            raise InputError(f"--{name} is not for the flags after `--`: the sweep decides it")
 
 
 def _check_sweep(folder: Path, settings: dict[str, Any]) -> None:

@@ -174,6 +174,30 @@ def test_wrong_input(
     assert len(shown.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        (("--no_xgrad",), "no_xgrad"),
+        (("--xgrad=false",), "xgrad"),
+        (("--seed", "5"), "seed"),
+        (("--learning_rate=1e-3",), "learning_rate"),
+        (("--xgrad_steps", "2"), "xgrad_steps"),
+        (("--output_dir", "elsewhere"), "output_dir"),
+        (("--baseline",), "baseline"),
+    ],
+)
+def test_what_the_sweep_decides_is_not_for_the_script(
+    tmp_path: Path, script: StandIn, flag: tuple[str, ...], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"do_train: true\n{name}: 1\n")
+    for flags in (("--do_train", *flag), (str(file),)):
+        assert run(tmp_path / "out", *GRID, "--", *flags) == 2
+        assert f"sweep.py: error: --{name} is not for the flags after `--`" in capsys.readouterr().err
+    assert not script.asked
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path, script: StandIn, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert run(tmp_path / "file" / "out", *GRID) == 2
