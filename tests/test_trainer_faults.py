@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -124,6 +124,15 @@ def test_whoever_catches_an_error_sees_the_true_weights(
     assert not tiny.same(forwards.weights[-1], true), "the error must have come on predicted weights"
 
 
+@pytest.fixture
+def _listening_to_ctrl_c() -> Iterator[None]:
+    """A shell lets its background jobs ignore it, and Python leaves that so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_listening_to_ctrl_c")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("place", ["forward", "loss", "backward"])
 @pytest.mark.parametrize(
