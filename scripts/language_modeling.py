@@ -140,7 +140,7 @@ class LanguageModelTrainer(XGradTrainer):
         super().__init__(
             compute_metrics=self._add_scores,
             preprocess_logits_for_metrics=partial(_score, shifted=shifted),
-            compute_loss_func=None if _has_own_loss(kwargs) else partial(_loss, shifted=shifted),
+            compute_loss_func=None if shifted and _has_own_loss(kwargs) else partial(_loss, shifted=shifted),
             **kwargs,
         )
 
