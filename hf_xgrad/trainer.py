@@ -213,7 +213,7 @@ class XGradMixin(_Trainer):
             return
         args = self.args
         distributed_type = self.accelerator.distributed_type
-        if not (distributed_type == DistributedType.NO or distributed_type.value.startswith("MULTI_")):
+        if not reaches_weights(distributed_type):
             raise ValueError(
                 f"XGrad: {distributed_type.value} is not supported yet: it keeps the weights in shards that a "
                 "prediction does not reach. Train with DDP or on one device, or switch XGrad off (xgrad=False)."
@@ -256,6 +256,11 @@ class XGradMixin(_Trainer):
             optimizer_class, kwargs = cls.get_optimizer_cls_and_kwargs(args, model)
             if wants_form:
                 _check_closed_form(optimizer_class, kwargs, config)
+
+
+def reaches_weights(distributed_type: DistributedType) -> bool:
+    """Whether a prediction reaches the weights under this engine: on one device, and where each has them all (DDP)."""
+    return distributed_type == DistributedType.NO or distributed_type.value.startswith("MULTI_")
 
 
 def _check_closed_form(optimizer_class: Any, kwargs: dict[str, Any], config: XGradConfig) -> None:

@@ -51,7 +51,7 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # Offsets without the space before a word: whole-word masking tells words by the gaps between them.
+    # Offsets leave out the space before a word: who maps tokens to the text wants the words.
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
     if masked:
         start, end = MASKED_TOKENS["cls_token"], MASKED_TOKENS["sep_token"]

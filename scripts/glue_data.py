@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from class_labels import Labels, find_labels, labels_of_model
 from glue_tasks import CLASS_SCORES, HUB_NAME, REGRESSION_SCORES, TASKS, Task
-from script_arguments import InputError
+from script_arguments import InputError, check_positive
 from text_datasets import Table, read_file, read_hub, split_table
 
 # MNLI has two of each; the suffixes tell the second one's metrics and predictions from the first one's.
@@ -75,9 +75,7 @@ class DataArguments:
         if self.task_name is not None and self.task_name not in TASKS:
             raise ValueError(f"unknown task {self.task_name!r}; --task_name is one of {', '.join(TASKS)}")
         for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be 1 or more, not {value}")
+            check_positive(name, getattr(self, name))
         if not 1 <= self.validation_split_percentage <= 99:
             raise ValueError(f"--validation_split_percentage is from 1 to 99, not {self.validation_split_percentage}")
         if self.files and self.dataset_name is not None:

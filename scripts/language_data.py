@@ -19,7 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from script_arguments import InputError, describe_choices, one_line
+from script_arguments import InputError, check_positive, describe_choices, one_line
 
 TextData: TypeAlias = Dataset | IterableDataset
 # Flags that name data.
@@ -107,12 +107,6 @@ class LanguageDataArguments:
     def named(self) -> bool:
         """Whether any data are named at all."""
         return any(getattr(self, name) for name in DATA_SOURCES)
-
-
-def check_positive(name: str, value: int | None) -> None:
-    """Refuse a number below 1."""
-    if value is not None and value < 1:
-        raise ValueError(f"--{name} must be 1 or more, not {value}")
 
 
 @dataclasses.dataclass(frozen=True)

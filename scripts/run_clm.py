@@ -16,9 +16,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 
 from language_batches import CausalCollator
-from language_data import BlockCutter, LanguageDataArguments, check_positive
+from language_data import BlockCutter, LanguageDataArguments
 from language_modeling import EMBEDDED_TRAINING, Objective, run_language_model, sample_text
-from script_arguments import run_script
+from script_arguments import check_positive, run_script
 
 PROG = "run_clm.py"
 

@@ -92,6 +92,12 @@ def as_input_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
         raise InputError(prefix + one_line(error)) from error
 
 
+def check_positive(name: str, value: int | None) -> None:
+    """Refuse a number below 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"--{name} must be 1 or more, not {value}")
+
+
 def describe_choices(name: str, choices: Sequence[str]) -> str:
     """Return "; did you mean a, b?" for the choices that look like `name`, or nothing."""
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.7)

@@ -1,4 +1,4 @@
-"""A Trainer run within its output folder: start or resume, train, save, leave results and model card, push.
+"""Runs within their output folders: what is started or resumed, and, under the Trainer, trained, saved and pushed.
 
 With --baseline there are two, side by side.
 """
@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_liger_kernel_available
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
 from loop_arguments import Optim, make_optimizer, make_schedule
 from run_results import RESUMED, compare, format_comparison, read_json, write_comparison, write_json
-from script_arguments import InputError, RunArguments, ScriptParser, as_input_error, one_line
+from script_arguments import InputError, RunArguments, ScriptParser, as_input_error, check_positive, one_line
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "xgrad_settings.json"
@@ -113,9 +113,9 @@ def check_run(run_args: RunArguments, args: Any) -> None:
 
 
 def _check_numbers(args: Any) -> None:
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+    with as_input_error(ValueError):
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_positive(name, getattr(args, name))
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} must be a number from 0, not {getattr(args, name)}")
@@ -292,19 +292,18 @@ def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
     own resuming would go one step too far if the run ends within an epoch.
     """
     if checkpoint is None:
-        return _trained(trainer, None, {})
-    step = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)).global_step
-    if step >= _total_steps(trainer):
-        return _load_finished(trainer, Path(checkpoint))
-    logger.info("Resuming from %s (step %d of %d)", checkpoint, step, _total_steps(trainer))
-    return _trained(trainer, checkpoint, {RESUMED: step})
+        return _trained(trainer, None, TrainerState())
+    state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
+    total = _total_steps(trainer)
+    if state.global_step >= total:
+        return _load_finished(trainer, Path(checkpoint), state)
+    logger.info("Resuming from %s (step %d of %d)", checkpoint, state.global_step, total)
+    return _trained(trainer, checkpoint, state) | {RESUMED: state.global_step}
 
 
-def _trained(trainer: Trainer, checkpoint: str | None, extra: dict[str, float]) -> dict[str, float]:
-    # Now, as --save_total_limit may let the training remove its checkpoint.
-    seen_before = _tokens_seen(checkpoint)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | extra
-    tokens = trainer.state.num_input_tokens_seen - seen_before
+def _trained(trainer: Trainer, checkpoint: str | None, before: TrainerState) -> dict[str, float]:
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    tokens = trainer.state.num_input_tokens_seen - before.num_input_tokens_seen
     if tokens > 0:
         metrics["train_tokens_per_second"] = round(tokens / metrics["train_runtime"], 1)
     # An "internal" call is one that does not push: results and card are still to be written.
@@ -315,12 +314,6 @@ def _trained(trainer: Trainer, checkpoint: str | None, extra: dict[str, float]) 
     return metrics
 
 
-def _tokens_seen(checkpoint: str | None) -> int:
-    if checkpoint is None:
-        return 0
-    return TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)).num_input_tokens_seen
-
-
 def _total_steps(trainer: Trainer) -> int:
     args = trainer.args
     if args.max_steps > 0:
@@ -329,8 +322,7 @@ def _total_steps(trainer: Trainer) -> int:
     return math.ceil(args.num_train_epochs * per_epoch)
 
 
-def _load_finished(trainer: Trainer, checkpoint: Path) -> dict[str, float]:
-    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+def _load_finished(trainer: Trainer, checkpoint: Path, state: TrainerState) -> dict[str, float]:
     best = state.best_model_checkpoint
     if trainer.args.load_best_model_at_end and best is not None and Path(best).is_dir():
         checkpoint = Path(best)

@@ -1,12 +1,14 @@
-"""Reads what a run of a script leaves, without what a clock decides."""
+"""What runs of the scripts read and leave: small texts, and the results without what a clock decides."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+WORDS = ("the", "a", "boy", "girl", "dog", "sees", "likes", "runs", "sleeps", "and", "or", "but", "never", "often")
 # The Trainer of the language models counts the tokens of its input, the loop does not.
 _UNLIKE = ("_runtime", "_per_second", "total_flos", "num_input_tokens_seen")
 
@@ -26,3 +28,12 @@ def history(folder: Path) -> list[dict[str, Any]]:
 def same_weights(first: Path, second: Path, name: str = "model.safetensors") -> bool:
     one, other = load_file(first / name), load_file(second / name)
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def write_texts(folder: Path) -> tuple[str, ...]:
+    """Write small training and validation texts, and return the flags that name them."""
+    draw = random.Random(0)
+    for name, count in (("train", 20), ("validation", 12)):
+        lines = (" ".join(draw.choices(WORDS, k=draw.randint(2, 12))) for _ in range(count))
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    return ("--train_file", str(folder / "train.txt"), "--validation_file", str(folder / "validation.txt"))

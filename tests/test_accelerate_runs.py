@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,6 @@ import accelerate.tracking
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import LoggerType
 from huggingface_hub import ModelCard
@@ -38,13 +37,12 @@ SHARED = ("--do_train", "--do_eval", "--per_device_train_batch_size", "4", "--pe
           "--lr_scheduler_type", "cosine")  # fmt: skip
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
 @pytest.fixture(autouse=True)
-def _fresh_accelerator(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Let each test choose its precision anew: Accelerate keeps one for the whole process."""
+def _log_is_read(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,17 @@
 """run_clm_no_trainer.py, the twin of run_clm.py: whole runs of a tiny model in this process."""
 
 import math
-import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 
 import run_clm
 import run_clm_no_trainer
 from hf_xgrad import WeightPredictor
-from run_files import history, read, same_weights, untimed
+from run_files import history, read, same_weights, untimed, write_texts
 
-WORDS = ("the", "a", "boy", "girl", "dog", "sees", "likes", "runs", "sleeps", "and", "or", "but", "never", "often")
 # Dropout is GPT-2's own, 0.1. 37 blocks in batches of 2: the last batch of an epoch has half as many tokens as others.
 MODEL = ("--model_type", "gpt2", "--config_overrides", "n_embd=16,n_layer=1,n_head=2,n_positions=16",
          "--new_tokenizer_size", "270", "--block_size", "13")  # fmt: skip
@@ -25,23 +21,13 @@ SHARED = (*MODEL, "--do_train", "--do_eval", "--per_device_train_batch_size", "2
 QUIET = ("--disable_tqdm", "true", "--use_cpu", "--dataloader_pin_memory", "false")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Let each test choose its precision anew: Accelerate keeps one for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Return the flags that name training and validation texts."""
-    folder = tmp_path_factory.mktemp("texts")
-    draw = random.Random(0)
-    for name, count in (("train", 20), ("validation", 12)):
-        lines = (" ".join(draw.choices(WORDS, k=draw.randint(2, 12))) for _ in range(count))
-        (folder / f"{name}.txt").write_text("\n".join(lines))
-    return ("--train_file", str(folder / "train.txt"), "--validation_file", str(folder / "validation.txt"))
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 def run(*flags: str, script: Any = run_clm_no_trainer) -> None:

@@ -1,10 +1,8 @@
 """How runs are planned and finished, with the Trainer and without it: tiny language models, in this process or two."""
 
 import os
-import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from huggingface_hub.errors import HTTPError
 from transformers import trainer as transformers_trainer
 
@@ -20,10 +17,9 @@ import language_modeling
 import loop_results
 import run_clm
 import run_clm_no_trainer
-from run_files import history, read, same_weights
+from run_files import history, read, same_weights, write_texts
 from run_results import write_json
 
-WORDS = ("the", "a", "boy", "girl", "dog", "sees", "likes", "runs", "sleeps", "and", "or", "but", "never", "often")
 MODEL = ("--model_type", "gpt2", "--new_tokenizer_size", "270", "--block_size", "13", "--config_overrides",
          "n_embd=16,n_layer=1,n_head=2,n_positions=16,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0")  # fmt: skip
 SHARED = (*MODEL, "--do_train", "--do_eval", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2",
@@ -31,12 +27,7 @@ SHARED = (*MODEL, "--do_train", "--do_eval", "--per_device_train_batch_size", "4
 QUIET = ("--disable_tqdm", "true", "--use_cpu", "--dataloader_pin_memory", "false", "--report_to", "none")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Let each test choose its precision anew: Accelerate keeps one for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 @pytest.fixture(params=[run_clm, run_clm_no_trainer], ids=["trainer", "loop"])
@@ -48,12 +39,7 @@ def script(request: pytest.FixtureRequest) -> ModuleType:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Return the flags that name training and validation texts."""
-    folder = tmp_path_factory.mktemp("texts")
-    draw = random.Random(0)
-    for name, count in (("train", 20), ("validation", 12)):
-        lines = (" ".join(draw.choices(WORDS, k=draw.randint(2, 12))) for _ in range(count))
-        (folder / f"{name}.txt").write_text("\n".join(lines))
-    return ("--train_file", str(folder / "train.txt"), "--validation_file", str(folder / "validation.txt"))
+    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 def run(script: Any, *flags: str) -> None:
