@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
@@ -48,7 +49,7 @@ class Delta(NamedTuple):
         else:
             moves = torch._foreach_div(list(self.numerators), self.denominators)
         if self.factors is not None:
-            torch._foreach_mul_(moves, _each(self.factors))
+            torch._foreach_mul_(moves, scalars(self.factors))
         torch._foreach_mul_(moves, scale)
         return list(moves)
 
@@ -60,9 +61,9 @@ class Delta(NamedTuple):
             torch._foreach_add_(params, self.moves(scale))
         elif isinstance(scale, Tensor) or isinstance(self.factors, Tensor):
             device = scale.device if isinstance(scale, Tensor) else None
-            factors = self.factors if isinstance(self.factors, Tensor) else _vector(self.factors, device)
+            factors = self.factors if isinstance(self.factors, Tensor) else as_vector(self.factors, device)
             # A factor or scale of 0 makes the denominator infinite, and the move 0.
-            torch._foreach_div_(self.denominators, _each(scale * factors))
+            torch._foreach_div_(self.denominators, scalars(scale * factors))
             torch._foreach_addcdiv_(params, list(self.numerators), self.denominators)
         else:
             scales = [scale * factor for factor in self.factors]
@@ -80,15 +81,20 @@ class ClosedForm(NamedTuple):
         direction: `(params, states, group) -> delta`, one tensor per parameter or a `Delta`.
         decay: `group -> share` of the weights that decoupled weight decay removes in the coming step, or None.
         unless: `group -> reason` why this group's state does not determine its direction, or None where it does.
+        unless_optimizer: the same of a whole optimizer, for settings that are not in its groups.
     """
 
     direction: Direction
     decay: Callable[[Group], float | Tensor] | None = None
     unless: Callable[[Group], str | None] | None = None
+    unless_optimizer: Callable[[Optimizer], str | None] | None = None
 
-    def obstacle(self, group: Group) -> str | None:
-        """Why the closed form does not hold for `group`; None where it does."""
-        return self.unless(group) if self.unless is not None else None
+    def obstacle(self, optimizer: Optimizer, group: Group) -> str | None:
+        """Why the closed form does not hold for `group` of `optimizer`; None where it does."""
+        reason = self.unless_optimizer(optimizer) if self.unless_optimizer is not None else None
+        if reason is None and self.unless is not None:
+            reason = self.unless(group)
+        return reason
 
 
 # Keyed by the exact class, or by "module.qualname" for classes of libraries that need not be installed.
@@ -106,6 +112,7 @@ def register_rule(
     *,
     decay: Callable[[Group], float | Tensor] | None = None,
     unless: Callable[[Group], str | None] | None = None,
+    unless_optimizer: Callable[[Optimizer], str | None] | None = None,
 ) -> Callable[[DirectionT], DirectionT]:
     """Decorator that gives an optimizer class its closed form.
 
@@ -122,6 +129,7 @@ def register_rule(
             (`lr * weight_decay` in AdamW). Only read with `XGradConfig(weight_decay=True)`.
         unless: `group -> reason`, a short text where the form does not hold for the settings of a group, else None.
             Such a group follows the last update instead (or is refused with `rule="closed_form"`).
+        unless_optimizer: `optimizer -> reason`, the same where the setting is not in the groups.
 
     The function takes `(params, states, group)`: the parameters of one group on one device and of one dtype, the
     optimizer's state of each (never empty), and the group's settings. It returns one tensor per parameter, of the
@@ -165,7 +173,7 @@ def register_rule(
         )
 
     def register(direction: DirectionT) -> DirectionT:
-        _CLOSED_FORMS[optimizer_class] = ClosedForm(direction, decay, unless)
+        _CLOSED_FORMS[optimizer_class] = ClosedForm(direction, decay, unless, unless_optimizer)
         return direction
 
     return register
@@ -181,7 +189,7 @@ def last_update(params: Sequence[Tensor], previous: Sequence[Tensor]) -> Delta:
     return Delta(torch._foreach_sub(list(params), list(previous)))
 
 
-def last_update_scale(steps: float, lr: Any, previous_lr: Any) -> float | Tensor:
+def last_update_scale(steps: float | Tensor, lr: Any, previous_lr: Any) -> float | Tensor:
     """`s * lr_t / lr_{t-1}`, and 0 where `lr_{t-1}` is 0: no update was realised then, so nothing can be repeated.
 
     Optimizers that set their own step size have no learning rate (None): the update is repeated as it was.
@@ -211,7 +219,7 @@ def bias_corrections(beta: float | Tensor, steps: list[float] | Tensor) -> list[
         return [1 - beta**k for k in steps]
     device = steps.device if isinstance(steps, Tensor) else beta.device if isinstance(beta, Tensor) else None
     # In double precision, as the fused kernels have it: 1 - 0.999^k loses four digits in single.
-    k = _vector(steps, device)
+    k = as_vector(steps, device)
     return 1 - (beta.to(device, k.dtype).reshape(()) if isinstance(beta, Tensor) else beta) ** k
 
 
@@ -245,12 +253,12 @@ def adaptive_delta(
     """
     beta1, beta2 = betas
     correction1, correction2 = bias_corrections(beta1, steps), bias_corrections(beta2, steps)
-    floor = _smallest(exp_avgs[0].dtype)
+    floor = negligible(exp_avgs[0].dtype)
     factors: list[float] | Tensor
     offsets: list[float] | Tensor
     if isinstance(correction1, Tensor) or isinstance(correction2, Tensor):
         device = next(c.device for c in (correction1, correction2) if isinstance(c, Tensor))
-        c1, c2 = _vector(correction1, device), _vector(correction2, device)
+        c1, c2 = as_vector(correction1, device), as_vector(correction2, device)
         root = c2.sqrt()
         factors = torch.where(c1 > 0, root / torch.where(c1 > 0, c1, 1.0), 0.0)
         offsets = (root * eps).clamp_min(floor)
@@ -263,22 +271,22 @@ def adaptive_delta(
         torch._foreach_sqrt_(denominators)
     else:
         denominators = torch._foreach_sqrt(list(second_moments))
-        torch._foreach_add_(denominators, _each(offsets))
+        torch._foreach_add_(denominators, scalars(offsets))
     return Delta(exp_avgs, list(denominators), factors)
 
 
-def _vector(values: list[float] | Tensor, device: torch.device | None) -> Tensor:
+def as_vector(values: list[float] | Tensor, device: torch.device | None) -> Tensor:
     """Numbers in the best precision that the device has; MPS has no doubles."""
     single = device is not None and device.type == "mps"
     return torch.as_tensor(values, dtype=torch.float32 if single else torch.float64, device=device)
 
 
-def _each(values: list[float] | Tensor) -> list[float] | list[Tensor]:
+def scalars(values: list[float] | Tensor) -> list[float] | list[Tensor]:
     """A list for multi-tensor kernels: numbers as they are, the elements of a 1-d tensor without dimensions."""
     return list(values.unbind()) if isinstance(values, Tensor) else values
 
 
-def _smallest(dtype: torch.dtype) -> float:
+def negligible(dtype: torch.dtype) -> float:
     """A number that vanishes beside any other of `dtype`, for denominators that would be 0.
 
     Such an element never had a gradient, or its parameter never had a step: it is not heading anywhere.
@@ -288,11 +296,11 @@ def _smallest(dtype: torch.dtype) -> float:
     return limits.tiny * limits.eps if dtype is torch.float16 else limits.tiny
 
 
-def _decoupled_decay(group: Group) -> float | Tensor:
+def decoupled_decay(group: Group) -> float | Tensor:
     return group["lr"] * group["weight_decay"]
 
 
-def _no_momentum(group: Group) -> str | None:
+def no_momentum(group: Group) -> str | None:
     if group["momentum"] == 0:
         return "SGD without momentum keeps no state to predict from"
     if group["nesterov"]:
@@ -300,7 +308,7 @@ def _no_momentum(group: Group) -> str | None:
     return None
 
 
-@register_rule(torch.optim.SGD, unless=_no_momentum)
+@register_rule(torch.optim.SGD, unless=no_momentum)
 def sgd_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
     """SGD with momentum: `delta = buf`.
 
@@ -310,9 +318,9 @@ def sgd_direction(params: Sequence[Tensor], states: Sequence[State], group: Grou
     return [state["momentum_buffer"] for state in states]
 
 
-@register_rule(torch.optim.AdamW, decay=_decoupled_decay)
+@register_rule(torch.optim.AdamW, decay=decoupled_decay)
 @register_rule(
-    torch.optim.Adam, decay=lambda group: _decoupled_decay(group) if group.get("decoupled_weight_decay") else 0.0
+    torch.optim.Adam, decay=lambda group: decoupled_decay(group) if group.get("decoupled_weight_decay") else 0.0
 )
 def adam_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
     """Adam and AdamW: `delta = (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps)`.
@@ -340,7 +348,7 @@ def _adabelief_variant(group: Group) -> str | None:
 def _adabelief_decay(group: Group) -> float | Tensor:
     if not group["weight_decouple"]:
         return 0.0
-    return group["weight_decay"] if group["fixed_decay"] else _decoupled_decay(group)
+    return group["weight_decay"] if group["fixed_decay"] else decoupled_decay(group)
 
 
 @register_rule("pytorch_optimizer.optimizer.adabelief.AdaBelief", decay=_adabelief_decay, unless=_adabelief_variant)
@@ -363,7 +371,7 @@ def adabelief_direction(params: Sequence[Tensor], states: Sequence[State], group
     )
 
 
-@register_rule("hf_xgrad.optim.AdaM3", decay=_decoupled_decay)
+@register_rule("hf_xgrad.optim.AdaM3", decay=decoupled_decay)
 def adam3_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
     """AdaM3: `delta = (m / (1 - b1^k)) / sqrt((v + eps) / (1 - b2^k))`, `v` being the moving average of `m^2`."""
     return adaptive_delta(
