@@ -12,11 +12,16 @@ from transformers.training_args import OptimizerNames
 
 from hf_xgrad.rules import RULES
 
-# To a type checker the fields below belong to TrainingArguments; at run time they are mixed into them.
+# To a type checker the fields below belong to TrainingArguments; at run time they are mixed into them. And at run time
+# HfArgumentParser takes the type of a field for what parses its flag: of a union that would be float alone.
 if TYPE_CHECKING:
     _Arguments = TrainingArguments
+    Steps = float | str
 else:
     _Arguments = object
+    Steps = str
+
+AUTO_STEPS = "auto"
 
 # Values of `optim` beside those of Transformers.
 EXTRA_OPTIMIZERS = ("adabelief", "adam", "adam3", "nadam", "radam")
@@ -28,7 +33,8 @@ class XGradConfig:
 
     Args:
         enabled: False trains as if XGrad were not there.
-        steps: `s`, the number of steps predicted ahead; any finite number >= 0. 0 is the plain optimizer.
+        steps: `s`, the number of steps predicted ahead; any finite number >= 0, or `"auto"`: chosen while training
+            (see `hf_xgrad.auto_steps`). 0 is the plain optimizer.
         rule: `"closed_form"` reads `delta_t` from the optimizer's state, `"last_update"` repeats the last realised
             update, `"auto"` takes the closed form where the optimizer's class has one, else the last update.
         weight_decay: adds decoupled weight decay to the predicted move of a closed form. The paper's code leaves it
@@ -36,19 +42,21 @@ class XGradConfig:
 
     Raises:
         ValueError: `steps` or `rule` outside these.
-        TypeError: `steps` is not a number.
+        TypeError: `steps` is neither a number nor a text.
     """
 
     enabled: bool = True
-    steps: float = 1.0
+    steps: float | str = 1.0
     rule: str = "auto"
     weight_decay: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, (int, float)):
-            raise TypeError(f"xgrad_steps={self.steps!r}: must be a number of steps to predict ahead, such as 1.0")
-        if not math.isfinite(self.steps) or self.steps < 0:
-            raise ValueError(f"xgrad_steps={self.steps}: must be a finite number >= 0; 0 is the plain optimizer")
+        steps = self.steps
+        wanted = f"a number of steps to predict ahead, finite and >= 0 (0 is the plain optimizer), or '{AUTO_STEPS}'"
+        if isinstance(steps, bool) or not isinstance(steps, (int, float, str)):
+            raise TypeError(f"xgrad_steps={steps!r}: must be {wanted}")
+        if steps != AUTO_STEPS and (isinstance(steps, str) or not math.isfinite(steps) or steps < 0):
+            raise ValueError(f"xgrad_steps={steps!r}: must be {wanted}")
         if self.rule not in RULES:
             raise ValueError(f"xgrad_rule={self.rule!r}: must be one of {', '.join(RULES)}")
 
@@ -63,10 +71,19 @@ class XGradConfig:
         default = cls()
         return cls(
             enabled=getattr(args, "xgrad", default.enabled),
-            steps=getattr(args, "xgrad_steps", default.steps),
+            # A search sets a field by the type of its former value, which "auto" makes a text.
+            steps=_parse_steps(getattr(args, "xgrad_steps", default.steps)),
             rule=getattr(args, "xgrad_rule", default.rule),
             weight_decay=getattr(args, "xgrad_weight_decay", default.weight_decay),
         )
+
+
+def _parse_steps(steps: float | str) -> float | str:
+    """The number that a text says; anything else as it is."""
+    try:
+        return float(steps) if isinstance(steps, str) else steps
+    except ValueError:
+        return steps
 
 
 def check_optimizer_name(name: str) -> None:
@@ -92,8 +109,11 @@ class _XGradFields(_Arguments):
         },
     )
     xgrad: bool = field(default=True, metadata={"help": "Train on predicted weights (XGrad)."})
-    xgrad_steps: float = field(
-        default=1.0, metadata={"help": "Number of steps predicted ahead (s); 0 is the plain optimizer."}
+    xgrad_steps: Steps = field(
+        default=1.0,
+        metadata={
+            "help": "Number of steps predicted ahead (s), or auto: chosen while training; 0 is the plain optimizer."
+        },
     )
     xgrad_rule: str = field(
         default="auto",
@@ -107,7 +127,7 @@ class _XGradFields(_Arguments):
     )
 
     def __post_init__(self) -> None:
-        XGradConfig.from_args(self)
+        self.xgrad_steps = XGradConfig.from_args(self).steps
         name = getattr(self.optim, "value", self.optim)
         check_optimizer_name(name)
         if name not in EXTRA_OPTIMIZERS:
@@ -125,7 +145,7 @@ class XGradTrainingArguments(_XGradFields, TrainingArguments):
 
     Args:
         xgrad: whether weights are predicted. Default True.
-        xgrad_steps: `s`, steps predicted ahead. Default 1.0.
+        xgrad_steps: `s`, steps predicted ahead, or `"auto"`: chosen while training. Default 1.0.
         xgrad_rule: `"auto"` (default), `"closed_form"` or `"last_update"`.
         xgrad_weight_decay: adds decoupled weight decay to the predicted move of closed forms. Default False.
         optim: beside Transformers' names also `adam`, `adabelief`, `adam3`, `nadam` and `radam`; `optim_args` takes

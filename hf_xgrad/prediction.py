@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import chain, repeat
 from types import TracebackType
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+import hf_xgrad.closed_forms  # noqa: F401, registers them
+from hf_xgrad.auto_steps import AutoSteps
 from hf_xgrad.rules import ClosedForm, Delta, Group, State, closed_form_of, last_update, last_update_scale
 
 if TYPE_CHECKING:
@@ -25,6 +28,11 @@ _CHUNK_ELEMENTS = 2**24
 IN_BACKWARD = (
     "it updates the weights inside backward, so that the predicted weights would be updated instead of the true ones"
 )
+CLOSURE = "its step needs a closure, which would run forward and backward on the true weights"
+HESSIAN = (
+    "its step differentiates once more through backward's graph, which belongs to the predicted weights that are gone "
+    "by then"
+)
 # What cannot be right under any rule, told by what the optimizer (or its class) offers, not by its name.
 _REFUSALS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("fused_backward",), IN_BACKWARD),
@@ -34,15 +42,40 @@ _REFUSALS: tuple[tuple[tuple[str, ...], str], ...] = (
         "it switches its weights between training and evaluation, as Schedule-Free does, which already trains at an "
         "extrapolated point",
     ),
+    (
+        ("first_step", "second_step"),
+        "it moves the weights to a point of its own between two backward passes, as SAM does, and takes the gradient "
+        "there",
+    ),
+    (("perturb_weights",), CLOSURE),
 )
+# And what shows nothing of it from outside, by "module.qualname".
+_REFUSED_CLASSES = {
+    "pytorch_optimizer.optimizer.adahessian.AdaHessian": HESSIAN,
+    "pytorch_optimizer.optimizer.alig.AliG": CLOSURE,
+    "pytorch_optimizer.optimizer.sophia.SophiaH": HESSIAN,
+}
 
 
-def refusal(optimizer: Optimizer | type) -> str | None:
-    """Why weights cannot be predicted for `optimizer` (an instance or a class); None where they can."""
+def refusal(optimizer: Optimizer | Callable[..., Any]) -> str | None:
+    """Why weights cannot be predicted for `optimizer` (an instance, a class or a factory); None where they can."""
     for attributes, reason in _REFUSALS:
         if all(hasattr(optimizer, attribute) for attribute in attributes):
             return reason
-    return None
+    # Set by optimi's classes; a class of them does not show it yet.
+    if any(group.get("gradient_release") for group in getattr(optimizer, "param_groups", ())):
+        return IN_BACKWARD
+    optimizer_class = optimizer if isinstance(optimizer, type) else type(optimizer)
+    if _needs_closure(optimizer_class):
+        return CLOSURE
+    return _REFUSED_CLASSES.get(f"{optimizer_class.__module__}.{optimizer_class.__qualname__}")
+
+
+def _needs_closure(optimizer_class: type) -> bool:
+    """Whether `step` asks for a closure, as that of LBFGS does."""
+    step = getattr(optimizer_class, "step", None)
+    closure = inspect.signature(step).parameters.get("closure") if step is not None else None
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def refused(name: str, reason: str) -> ValueError:
@@ -71,11 +104,11 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
 def check_optimizer(optimizer: Optimizer, config: XGradConfig) -> None:
     """Raises ValueError, with the cause and the way out, where `optimizer` cannot be predicted under `config`."""
     optimizer = unwrap_optimizer(optimizer)
-    reason = refusal(optimizer)
+    reason = refusal(optimizer) or _unreachable(optimizer)
     if reason is not None:
         raise refused(type(optimizer).__name__, reason)
     for group in optimizer.param_groups:
-        form_of_group(type(optimizer), group, config.rule)
+        form_of_group(optimizer, group, config.rule)
         if any(hasattr(p, "to_local") for p in group["params"]):
             raise ValueError(
                 "XGrad: sharded parameters (DTensor) are not supported yet. Train with DDP or on one device, or "
@@ -83,24 +116,56 @@ def check_optimizer(optimizer: Optimizer, config: XGradConfig) -> None:
             )
 
 
-def form_of_group(optimizer_class: type, group: Group, rule: str) -> ClosedForm | None:
-    """The closed form that `rule` gives a group of an optimizer of exactly this class; None for the universal rule."""
+def _unreachable(optimizer: Optimizer) -> str | None:
+    """Why the weights that `optimizer` steps, or its steps, cannot be seen from outside; None where they can.
+
+    Optimizers around others are the ones to look at: nothing makes them show the groups of those inside, nor their
+    steps.
+    """
+    shown = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for inner in _inner_optimizers(optimizer):
+        if any(id(p) not in shown for group in inner.param_groups for p in group["params"]):
+            return f"it steps weights of a {type(inner).__name__} inside that its own param_groups do not have"
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks") or not getattr(type(optimizer).step, "hooked", False):
+        return (
+            "its step runs no step hooks, as it never called torch.optim.Optimizer.__init__, so that no step would be "
+            "noticed"
+        )
+    return None
+
+
+def _inner_optimizers(optimizer: Optimizer) -> Iterator[Optimizer]:
+    for value in vars(optimizer).values():
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        yield from (item for item in inner if isinstance(item, Optimizer))
+
+
+def form_of_group(optimizer: Optimizer, group: Group, rule: str) -> ClosedForm | None:
+    """The closed form that `rule` gives a group of `optimizer`, by its exact class; None for the universal rule."""
     if rule == "last_update":
         return None
-    form = closed_form_of(optimizer_class)
+    form = closed_form_of(type(optimizer))
     if form is None:
-        obstacle: str | None = f"{optimizer_class.__name__} has none"
+        obstacle: str | None = f"{type(optimizer).__name__} has none"
     elif any(p.is_complex() for p in group["params"]):
         obstacle = "complex parameters have none"
     else:
-        obstacle = form.obstacle(group)
+        obstacle = form.obstacle(optimizer, group)
     if obstacle is None:
         return form
     if rule == "closed_form":
-        raise ValueError(
-            f"XGrad: xgrad_rule='closed_form' asks for a closed form, but {obstacle}. Use 'auto' or 'last_update'."
-        )
+        raise no_closed_form(obstacle)
     return None
+
+
+def no_closed_form(obstacle: str) -> ValueError:
+    """The error for `rule="closed_form"` where there is none, with the way out."""
+    return ValueError(
+        f"XGrad: xgrad_rule='closed_form' asks for a closed form, but {obstacle}. Use 'auto' or 'last_update'."
+    )
+
+
+_UNIVERSAL_STATE = {"holds", "lrs", "weights"}
 
 
 class _Holds(Enum):
@@ -168,19 +233,27 @@ class WeightPredictor:
         self.config = config
         self._active = config.active
         self._inside = False
+        self._depth = 0  # of `step` within `step`: a subclass that calls its base's runs the hooks of both
         self._backups: dict[Tensor, Tensor] = {}
         self._moved: list[_Chunk] = []  # chunks that hold predicted weights right now
         self._window: list[_Chunk] = []  # chunks that were predicted since the last realised step
         self._holds = _Holds.NOTHING
         self._previous_lrs: list[Any] = []
+        self._auto_steps: AutoSteps | None = None
+        self._fixed_steps = 0.0
         self._predictions = 0
         self._warned = False
         self._measuring = False
         self._moves: list[list[Tensor]] = []
+        self._steps_used: list[float] = []
         self._measured: list[Tensor] | None = None
         if not self._active:
             return
         check_optimizer(self.optimizer, config)
+        if isinstance(config.steps, str):
+            self._auto_steps = AutoSteps(self.optimizer)
+        else:
+            self._fixed_steps = config.steps
         self._warn_of_rounding()
         self._attach()
 
@@ -202,15 +275,26 @@ class WeightPredictor:
         """
         reference = weakref.ref(self)
 
-        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             predictor = reference()
-            if predictor is not None:
+            if predictor is None:
+                return
+            if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+                raise RuntimeError(
+                    "WeightPredictor: optimizer.step(closure) would run forward and backward on the true weights; run "
+                    "them in predicted() and call optimizer.step() without a closure"
+                )
+            predictor._depth += 1
+            if predictor._depth == 1:
                 predictor._before_step()
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             predictor = reference()
-            if predictor is not None:
+            if predictor is None:
+                return
+            if predictor._depth == 1:
                 predictor._after_step()
+            predictor._depth = max(predictor._depth - 1, 0)
 
         handles = (
             self.optimizer.register_step_pre_hook(before),
@@ -246,6 +330,7 @@ class WeightPredictor:
             raise RuntimeError(
                 "WeightPredictor: the weights are predicted already; call restore() (or leave predicted()) first"
             )
+        self._depth = 0  # a step that raised never came to its end
         try:
             self._inside = True
             if self._active:
@@ -310,23 +395,30 @@ class WeightPredictor:
         """Parameters that a prediction can be made for, with their backups, a chunk at a time."""
         # A group that was added since the last step has no learning rate of it: nothing to repeat.
         previous_lrs = chain(self._previous_lrs, repeat(0.0))
-        for group, previous_lr in zip(self.optimizer.param_groups, previous_lrs, strict=False):
+        for g, (group, previous_lr) in enumerate(zip(self.optimizer.param_groups, previous_lrs, strict=False)):
             form = self._form(group)
+            steps = self._steps(g)
             if form is None:
-                scale = last_update_scale(self.config.steps, group.get("lr"), previous_lr) if universal else 0.0
+                scale = last_update_scale(steps, group.get("lr"), previous_lr) if universal else 0.0
                 if not isinstance(scale, Tensor) and scale == 0.0:
                     continue
             else:
-                scale = -self.config.steps * _scalar(group["lr"])
+                scale = -steps * _scalar(group["lr"])
             by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
             for p in group["params"]:
                 if self._is_under_way(p, form):
                     by_kind.setdefault((p.device, p.dtype), []).append(p)
-            for params in by_kind.values():
+            decay = self._decay(group, form, steps)
+            for (device, _), params in by_kind.items():
+                scale_here, decay_here = _on(scale, device), _on(decay, device)
                 for part in _split(params):
                     states = [self.optimizer.state[p] for p in part] if form is not None else []
                     backups = [self._backup(p) for p in part]
-                    yield _Chunk(part, backups, states, group, form, scale, self._decay(group, form))
+                    yield _Chunk(part, backups, states, group, form, scale_here, decay_here)
+
+    def _steps(self, group_index: int) -> float | Tensor:
+        """`s` of the coming prediction."""
+        return self._fixed_steps if self._auto_steps is None else self._auto_steps.steps(group_index)
 
     def _is_under_way(self, p: Tensor, form: ClosedForm | None) -> bool:
         # The optimizer's state tells, never the gradient: that is None when a step begins. A frozen weight may still
@@ -342,14 +434,14 @@ class WeightPredictor:
         delta = chunk.form.direction(chunk.params, chunk.states, chunk.group)
         return delta if isinstance(delta, Delta) else Delta(delta)
 
-    def _decay(self, group: Group, form: ClosedForm | None) -> float | Tensor | None:
+    def _decay(self, group: Group, form: ClosedForm | None, steps: float | Tensor) -> float | Tensor | None:
         if form is None or form.decay is None or not self.config.weight_decay:
             return None
-        return -self.config.steps * _scalar(form.decay(group))
+        return -steps * _scalar(form.decay(group))
 
     def _form(self, group: Group) -> ClosedForm | None:
         """The closed form that `group` is predicted by; None for the universal rule."""
-        return form_of_group(type(self.optimizer), group, self.config.rule)
+        return form_of_group(self.optimizer, group, self.config.rule)
 
     def _universal_groups(self) -> list[Group]:
         return [group for group in self.optimizer.param_groups if self._form(group) is None]
@@ -370,7 +462,10 @@ class WeightPredictor:
             )
         if self._measuring:
             self._moves = [self._move_once_more(chunk) for chunk in self._window]
+            self._steps_used = self._auto_steps.values() if self._auto_steps is not None else []
         self._holds = _Holds.NOTHING
+        if self._auto_steps is not None:
+            self._auto_steps.before_step()
         groups = self._universal_groups()
         for group in groups:
             # Not a weight that was never trained; but one frozen since stands still, and its backup must say so.
@@ -387,6 +482,8 @@ class WeightPredictor:
                 for moves, chunk in zip(self._moves, self._window, strict=True)
             ]
             self._moves, self._measuring = [], False
+        if self._auto_steps is not None:
+            self._auto_steps.after_step()
         self._window = []
         self._holds = _Holds.PREVIOUS if self._previous_lrs else _Holds.NOTHING
 
@@ -401,6 +498,7 @@ class WeightPredictor:
 
         `relative_norm` is `|w_hat_t - w_t| / |w_t|` over all predicted weights, `cosine` that of the angle between
         `w_hat_t - w_t` and `w_{t+1} - w_t` (missing where either is zero), `active` 1.0 where weights were moved.
+        With `steps="auto"`, `steps` is the mean of `s` over the parameter groups, and `steps_<i>` that of group i.
         """
         measured, self._measured = self._measured, None
         if measured is None:
@@ -410,6 +508,10 @@ class WeightPredictor:
         result = {"active": float(move > 0), "relative_norm": (move / weight) ** 0.5 if weight > 0 else 0.0}
         if move > 0 and update > 0:
             result["cosine"] = dot / (move * update) ** 0.5
+        if self._steps_used:
+            result["steps"] = sum(self._steps_used) / len(self._steps_used)
+            if len(self._steps_used) > 1:
+                result |= {f"steps_{g}": steps for g, steps in enumerate(self._steps_used)}
         return result
 
     def _move_once_more(self, chunk: _Chunk) -> list[Tensor]:
@@ -439,31 +541,34 @@ class WeightPredictor:
     # ---- checkpoints ----
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the optimizer's state; empty where that is all (closed forms).
+        """What a resumed run needs beside the optimizer's state; empty where that is all (closed forms, a fixed s).
 
         Returns:
-            `{"holds": "previous" | "predicted", "lrs": [lr_{t-1} per group], "weights": {"<group>.<index>": tensor}}`
+            of the universal rule `{"holds": "previous" | "predicted", "lrs": [lr_{t-1} per group],
+            "weights": {"<group>.<index>": tensor}}`, and with `steps="auto"` also `{"steps": {name: tensor}}`
 
         Raises:
             RuntimeError: inside a prediction.
         """
         if self._moved:
             raise RuntimeError("WeightPredictor: state_dict() inside a prediction; leave predicted() first")
-        if self._holds is _Holds.NOTHING:
-            return {}
-        return {
-            "holds": self._holds.value,
-            "lrs": [float(lr) if isinstance(lr, Tensor) else lr for lr in self._previous_lrs],
+        state: dict[str, Any] = {}
+        if self._holds is not _Holds.NOTHING:
+            state["holds"] = self._holds.value
+            state["lrs"] = [float(lr) if isinstance(lr, Tensor) else lr for lr in self._previous_lrs]
             # A weight that was never stepped stood still: it is its own last value.
-            "weights": {
+            state["weights"] = {
                 name: self._backups.get(p, p.detach())
                 for name, p in self._remembered().items()
                 if p.requires_grad or p in self._backups
-            },
-        }
+            }
+        steps = self._auto_steps.state_dict() if self._auto_steps is not None else {}
+        if steps:
+            state["steps"] = steps
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` gave; an empty one starts without a last update.
+        """Takes up what `state_dict` gave; what is not in it starts anew.
 
         Raises:
             ValueError: the state belongs to other parameters, or is incomplete.
@@ -471,9 +576,13 @@ class WeightPredictor:
         if self._moved:
             raise RuntimeError("WeightPredictor: load_state_dict() inside a prediction; leave predicted() first")
         self._holds = _Holds.NOTHING
-        if not state_dict or not self._active:
+        if not self._active:
             return
-        missing = {"holds", "lrs", "weights"} - set(state_dict)
+        if self._auto_steps is not None and "steps" in state_dict:
+            self._auto_steps.load_state_dict(state_dict["steps"])
+        missing = _UNIVERSAL_STATE - set(state_dict)
+        if missing == _UNIVERSAL_STATE:
+            return
         if missing:
             raise ValueError(f"WeightPredictor: state_dict lacks {sorted(missing)}")
         holds = _Holds(state_dict["holds"])
@@ -510,9 +619,14 @@ class WeightPredictor:
         self._holds = holds
 
     @property
-    def remembers(self) -> bool:
-        """True where a prediction needs more than the optimizer's state, so that a checkpoint must hold it."""
-        return self._active and bool(self._universal_groups())
+    def remembers(self) -> set[str]:
+        """What of `state_dict` a prediction needs beside the optimizer's state: `"weights"`, `"steps"`, or neither."""
+        needed = set()
+        if self._active and self._universal_groups():
+            needed.add("weights")
+        if self._auto_steps is not None:
+            needed.add("steps")
+        return needed
 
     def _remembered(self) -> dict[str, Tensor]:
         """Parameters under the universal rule, named by their place in the optimizer, as its own state_dict does."""
@@ -611,6 +725,13 @@ def _is_low_precision(p: Tensor) -> bool:
 def _scalar(value: float | Tensor) -> float | Tensor:
     """Tensors of one element as multi-tensor kernels want them: without dimensions."""
     return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """A number (or None) for kernels on `device`; they take one from the host, but not from another accelerator."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value.to(device)
+    return value
 
 
 def _value(lr: Any) -> Any:

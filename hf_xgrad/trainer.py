@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_xgrad.arguments import EXTRA_OPTIMIZERS, XGradConfig
 from hf_xgrad.optim import AdaM3
-from hf_xgrad.prediction import IN_BACKWARD, WeightPredictor, check_optimizer, form_of_group, refusal, refused
+from hf_xgrad.prediction import IN_BACKWARD, WeightPredictor, check_optimizer, no_closed_form, refusal, refused
 from hf_xgrad.rules import closed_form_of
 
 # To a type checker the mixin is a Trainer; at run time it is mixed into one.
@@ -31,6 +31,9 @@ else:
 logger = logging.get_logger(__name__)
 
 XGRAD_STATE_NAME = "xgrad.safetensors"
+_STEPS_PREFIX = "steps."
+# What a predictor may need from that file.
+_REMEMBERED = {"weights": "the weights before the last update", "steps": "what xgrad_steps='auto' has learnt"}
 
 _EXTRAPOLATED = "it already trains at an extrapolated point"
 # The eps of these stands among squared gradients: `adam_epsilon` counts only where it is not its default of 1e-8.
@@ -165,8 +168,10 @@ class XGradMixin(_Trainer):
         path = os.path.join(output_dir, XGRAD_STATE_NAME)
         state = self._predictor.state_dict() if self._predictor is not None else {}
         if state:
-            metadata = {"holds": state["holds"], "lrs": json.dumps(state["lrs"])}
-            save_file({name: weight.contiguous() for name, weight in state["weights"].items()}, path, metadata)
+            tensors = {name: weight.contiguous() for name, weight in state.get("weights", {}).items()}
+            tensors |= {f"{_STEPS_PREFIX}{name}": tensor for name, tensor in state.get("steps", {}).items()}
+            metadata = {"holds": state["holds"], "lrs": json.dumps(state["lrs"])} if "holds" in state else None
+            save_file(tensors, path, metadata)
         elif os.path.isfile(path):
             # Of an earlier run into this folder: it does not belong to the weights beside it.
             os.remove(path)
@@ -177,25 +182,19 @@ class XGradMixin(_Trainer):
         if checkpoint is None or predictor is None or not predictor.remembers:
             return
         path = os.path.join(checkpoint, XGRAD_STATE_NAME)
-        if not os.path.isfile(path):
-            logger.warning(
-                f"XGrad: {checkpoint} has no {XGRAD_STATE_NAME}; the first step is taken without prediction."
-            )
-            return
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                state = {
-                    "holds": metadata["holds"],
-                    "lrs": json.loads(metadata["lrs"]),
-                    "weights": {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
-                }
-            predictor.load_state_dict(state)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"XGrad: {path} cannot be used ({error}). Resume from another checkpoint, or remove the file: the "
-                "first step is then taken without prediction."
-            ) from error
+        state = {}
+        if os.path.isfile(path):
+            try:
+                state = _read_state(path)
+                predictor.load_state_dict(state)
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"XGrad: {path} cannot be used ({error}). Resume from another checkpoint, or remove the file: the "
+                    "prediction then starts anew."
+                ) from error
+        missing = " and ".join(what for key, what in _REMEMBERED.items() if key in predictor.remembers - set(state))
+        if missing:
+            logger.warning(f"XGrad: {checkpoint} does not have {missing} (in {XGRAD_STATE_NAME}): that starts anew.")
 
     # ---- optimizers ----
 
@@ -229,7 +228,8 @@ class XGradMixin(_Trainer):
         reason = IN_BACKWARD if "optimizer_dict" in given[1] else refusal(given[0])
         if reason is not None:
             raise refused(given[0].__name__, reason)
-        if config.rule == "closed_form":
+        # What a factory will make is not known yet: the predictor looks at it before the first step.
+        if config.rule == "closed_form" and isinstance(given[0], type) and issubclass(given[0], torch.optim.Optimizer):
             _check_closed_form(given[0], given[1], config)
 
     @classmethod
@@ -263,12 +263,34 @@ def reaches_weights(distributed_type: DistributedType) -> bool:
     return distributed_type == DistributedType.NO or distributed_type.value.startswith("MULTI_")
 
 
+def _read_state(path: str) -> dict[str, Any]:
+    """The state of a predictor, as `_save_optimizer_and_scheduler` wrote it."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    steps = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_STEPS_PREFIX)}
+    state: dict[str, Any] = {}
+    if tensors or metadata:
+        state |= {"holds": metadata["holds"], "lrs": json.loads(metadata["lrs"]), "weights": tensors}
+    if steps:
+        state["steps"] = {name.removeprefix(_STEPS_PREFIX): tensor for name, tensor in steps.items()}
+    return state
+
+
 def _check_closed_form(optimizer_class: Any, kwargs: dict[str, Any], config: XGradConfig) -> None:
     """Tries the settings of an optimizer that is yet to be made, on one weight."""
     if closed_form_of(optimizer_class) is None:
-        # Not made even for a trial: who knows what it wants. This raises, whatever the group.
-        form_of_group(optimizer_class, {"params": []}, config.rule)
-    check_optimizer(optimizer_class([nn.Parameter(torch.zeros(1))], **kwargs), config)
+        # Not made even for a trial: who knows what it wants.
+        raise no_closed_form(f"{optimizer_class.__name__} has none")
+    # Some come with groups of their own, whose settings (but for the weights) are those to try.
+    groups = [{**group, "params": [nn.Parameter(torch.zeros(1, 1))]} for group in _given_groups(kwargs)]
+    settings = {name: value for name, value in kwargs.items() if name != "params"}
+    check_optimizer(optimizer_class(groups, **settings), config)
+
+
+def _given_groups(kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups that Transformers puts among the settings of some optimizers (GaLore, APOLLO), or one without any."""
+    return kwargs.get("params") or [{}]
 
 
 def _extra_optimizer(args: TrainingArguments) -> tuple[type, dict[str, Any]]:

@@ -1,9 +1,11 @@
 """Measures what a training step costs with XGrad, as a ratio to the same step without it.
 
     python scripts/benchmark_step.py --output outputs/benchmark_step.json
+    python scripts/benchmark_step.py --xgrad_steps auto --output outputs/benchmark_auto.json
 
-Both run in one process on the same model and batch, alternating step by step, so that whatever else the machine does
-meets both alike. Printed are the median ratio over all pairs of steps and its quartiles.
+The second measures what choosing s costs: a step with s = auto as a ratio to the same step with s = 1. Both run in one
+process on the same model and batch, alternating step by step, so that whatever else the machine does meets both alike.
+Printed are the median ratio over all pairs of steps and its quartiles.
 """
 
 import platform
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_xgrad import WeightPredictor, XGradConfig
+from hf_xgrad.arguments import AUTO_STEPS, Steps
 from hf_xgrad.optim import AdaM3
 from run_results import format_table, write_json
 from script_arguments import InputError, ScriptParser, run_script
@@ -45,6 +48,10 @@ class BenchmarkArguments:
     rules: list[str] = field(
         default_factory=lambda: ["auto", "last_update"], metadata={"help": "Prediction rules to measure."}
     )
+    xgrad_steps: Steps = field(
+        default=1.0,
+        metadata={"help": "s, measured against the plain optimizer; auto is measured against s = 1."},
+    )
     layers: int = field(default=6, metadata={"help": "Number of layers."})
     hidden_size: int = field(default=384, metadata={"help": "Width of the model."})
     batch_size: int = field(default=16, metadata={"help": "Sentences in a batch."})
@@ -55,23 +62,28 @@ class BenchmarkArguments:
     )
     output: str | None = field(default=None, metadata={"help": "JSON file for the results and the machine."})
 
+    def __post_init__(self) -> None:
+        self.xgrad_steps = XGradConfig.from_args(self).steps
+        for rule in self.rules:
+            XGradConfig(rule=rule)
+
 
 class Training:
-    """A model, its optimizer and, with a rule, its predictor."""
+    """A model, its optimizer and its predictor."""
 
-    def __init__(self, args: BenchmarkArguments, optimizer: str, rule: str | None) -> None:
+    def __init__(self, args: BenchmarkArguments, optimizer: str, config: XGradConfig) -> None:
         torch.manual_seed(0)
-        config = BertConfig(
+        bert = BertConfig(
             hidden_size=args.hidden_size,
             num_hidden_layers=args.layers,
             num_attention_heads=max(1, args.hidden_size // 32),
             intermediate_size=4 * args.hidden_size,
         )
         with torch.device(args.device):
-            self.model = BertForSequenceClassification(config)
+            self.model = BertForSequenceClassification(bert)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.predictor = WeightPredictor(self.optimizer, XGradConfig(enabled=rule is not None, rule=rule or "auto"))
-        ids = torch.randint(0, config.vocab_size, (args.batch_size, args.length), device=args.device)
+        self.predictor = WeightPredictor(self.optimizer, config)
+        ids = torch.randint(0, bert.vocab_size, (args.batch_size, args.length), device=args.device)
         self.batch = {"input_ids": ids, "labels": ids[:, 0] % 2}
         self.on_gpu = args.device.startswith("cuda")
 
@@ -91,8 +103,10 @@ class Training:
 
 
 def measure(args: BenchmarkArguments, optimizer: str, rule: str) -> dict[str, Any]:
-    """Ratios of steps with `rule` to steps without XGrad."""
-    plain, xgrad = Training(args, optimizer, None), Training(args, optimizer, rule)
+    """Ratios of steps with `rule` to steps without XGrad, or of s = auto to s = 1."""
+    config = XGradConfig(steps=args.xgrad_steps, rule=rule)
+    against = XGradConfig(enabled=args.xgrad_steps == AUTO_STEPS, rule=rule)
+    plain, xgrad = Training(args, optimizer, against), Training(args, optimizer, config)
     pairs = []
     for i in tqdm(range(args.pairs + 3), desc=f"{optimizer}, {rule}", leave=False):
         # Which of the two goes first changes every time: the second finds warmer caches.
@@ -107,7 +121,7 @@ def measure(args: BenchmarkArguments, optimizer: str, rule: str) -> dict[str, An
         "ratio": median,
         "ratio_first_quartile": low,
         "ratio_third_quartile": high,
-        "plain_seconds": statistics.median(a for a, _ in pairs),
+        "against_seconds": statistics.median(a for a, _ in pairs),
         "xgrad_seconds": statistics.median(b for _, b in pairs),
     }
 
@@ -124,7 +138,8 @@ def _run(arguments: list[str]) -> None:
     if unknown:
         raise InputError(f"--optimizers {unknown[0]} is not one of {', '.join(OPTIMIZERS)}")
     results = [measure(args, optimizer, rule) for optimizer in args.optimizers for rule in args.rules]
-    header = ("optimizer", "rule", "ratio", "1st quartile", "3rd quartile", "plain s", "XGrad s")
+    against = "s = 1" if args.xgrad_steps == AUTO_STEPS else "plain"
+    header = ("optimizer", "rule", "ratio", "1st quartile", "3rd quartile", f"{against}, seconds", "XGrad, seconds")
     print(format_table(header, [list(result.values()) for result in results]))
     if args.output:
         on_gpu = args.device.startswith("cuda")

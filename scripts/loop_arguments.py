@@ -19,6 +19,7 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_xgrad import XGradConfig, XGradTrainer, XGradTrainingArguments
+from hf_xgrad.arguments import Steps
 
 Strategy = Literal["no", "steps", "epoch"]
 Optim = Literal[
@@ -107,12 +108,12 @@ class LoopArguments:
     hub_token: str | None = _of_trainer("hub_token")
     hub_private_repo: bool | None = _of_trainer("hub_private_repo")
     xgrad: bool = _of_trainer("xgrad")
-    xgrad_steps: float = _of_trainer("xgrad_steps")
+    xgrad_steps: Steps = _of_trainer("xgrad_steps")
     xgrad_rule: str = _of_trainer("xgrad_rule")
     xgrad_weight_decay: bool = _of_trainer("xgrad_weight_decay")
 
     def __post_init__(self) -> None:
-        XGradConfig.from_args(self)
+        self.xgrad_steps = XGradConfig.from_args(self).steps
         if self.fp16 and self.bf16:
             raise ValueError("--fp16 and --bf16 exclude each other: give one of the two")
         self.do_eval = self.do_eval or self.eval_strategy != "no" or self.eval_on_start

@@ -71,7 +71,7 @@ def _model_card(args: LoopArguments, base_model: str | None, card: dict[str, Any
         tags=card["tags"] or None,
     )
     start = f"Fine-tuned from {base}" if base else "Trained"
-    method = f"XGrad weight prediction (arXiv 2305.18240; s = {args.xgrad_steps:g}, rule {args.xgrad_rule})"
+    method = f"XGrad weight prediction (arXiv 2305.18240; s = {args.xgrad_steps}, rule {args.xgrad_rule})"
     names = ("seed", "optim", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps",
              "per_device_train_batch_size", "gradient_accumulation_steps")  # fmt: skip
     results = read_json(Path(args.output_dir) / "all_results.json")

@@ -5,8 +5,8 @@
         --output_dir outputs/sweep-cola -- --model_name_or_path google-bert/bert-base-cased --task_name cola \\
         --do_train --do_eval
 
-What stands after `--` goes to the script, run_clm.py if none is named. s = 0 is the plain optimizer. A sweep that was
-cut off goes on where it was when it is started again.
+What stands after `--` goes to the script, run_clm.py if none is named. s = 0 is the plain optimizer; with `auto` s is
+chosen while training. A sweep that was cut off goes on where it was when it is started again.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+from hf_xgrad.arguments import AUTO_STEPS
 from run_results import STYLES, format_table, new_figure, read_json, write_json
 from script_arguments import CONFIG_SUFFIXES, InputError, describe_choices, read_config_file, run_script
 
@@ -31,14 +32,22 @@ class Point(NamedTuple):
     """The settings of one run."""
 
     learning_rate: float
-    steps: float
+    steps: float | str
     seed: int
 
     def __str__(self) -> str:
-        return f"lr={self.learning_rate:g},s={self.steps:g},seed={self.seed}"
+        return f"lr={self.learning_rate:g},s={_text(self.steps)},seed={self.seed}"
 
 
 Values = Mapping[Point, float]
+
+
+def _steps(text: str) -> float | str:
+    return text if text == AUTO_STEPS else float(text)
+
+
+def _text(steps: float | str) -> str:
+    return steps if isinstance(steps, str) else f"{steps:g}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +60,7 @@ def _run(arguments: list[str]) -> None:
     flags = arguments[end + 1 :]
     parser = argparse.ArgumentParser(PROG, description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("script", nargs="?", choices=SCRIPTS, default=SCRIPTS[0], help="(default: %(default)s)")
-    parser.add_argument("--xgrad_steps", nargs="+", type=float, default=[0.0, 1.0, 2.0], metavar="S")
+    parser.add_argument("--xgrad_steps", nargs="+", type=_steps, default=[0.0, 1.0, 2.0], metavar="S")
     parser.add_argument("--learning_rates", nargs="+", type=float, required=True, metavar="LR")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
     parser.add_argument("--metric", default="loss", help="metric of the evaluation (default: %(default)s)")
@@ -133,7 +142,7 @@ def _rows(values: Values) -> list[list[str | float | None]]:
         compared = bool(differences) and steps != 0
         rows.append(
             [
-                *(f"{rate:g}", f"{steps:g}"),
+                *(f"{rate:g}", _text(steps)),
                 *(mean(of_seed.values()), min(of_seed.values()), max(of_seed.values())),
                 f"{mean(differences):+.4f}" if compared else None,
                 f"{lower} of {len(differences)} seeds" if compared else None,
@@ -142,23 +151,29 @@ def _rows(values: Values) -> list[list[str | float | None]]:
     return rows
 
 
-def _by_setting(values: Values) -> dict[tuple[float, float], dict[int, float]]:
-    settings: dict[tuple[float, float], dict[int, float]] = {}
+def _by_setting(values: Values) -> dict[tuple[float, float | str], dict[int, float]]:
+    settings: dict[tuple[float, float | str], dict[int, float]] = {}
     for point, value in values.items():
         settings.setdefault((point.learning_rate, point.steps), {})[point.seed] = value
     return settings
 
 
 def _plot(values: Values, metric: str, path: Path) -> None:
-    """Draw the metric over s: a line for each learning rate through the means, from least to greatest behind it."""
+    """Draw the metric over s: a line for each learning rate through the means, from least to greatest behind it.
+
+    What "auto" came to has no s to stand over: it is a thin line across.
+    """
     figure, (panel,) = new_figure(1)
     settings = _by_setting(values)
     rates = sorted({rate for rate, _ in settings})
     for rate, (color, line) in zip(rates, itertools.cycle(STYLES), strict=False):
-        steps = sorted(s for r, s in settings if r == rate)
+        steps = sorted(s for r, s in settings if r == rate and not isinstance(s, str))
         of_seeds = [settings[rate, s].values() for s in steps]
         panel.fill_between(steps, [min(v) for v in of_seeds], [max(v) for v in of_seeds], color=color, alpha=0.15)
         panel.plot(steps, [mean(v) for v in of_seeds], line, marker="o", color=color, label=f"learning rate {rate:g}")
+        if (rate, AUTO_STEPS) in settings:
+            level = mean(settings[rate, AUTO_STEPS].values())
+            panel.axhline(level, linestyle=":", linewidth=1, color=color, label=f"learning rate {rate:g}, s = auto")
     panel.set(xlabel="s (steps predicted ahead; 0: plain optimizer)", ylabel=f"evaluation {metric}")
     panel.legend()
     figure.savefig(path, dpi=120)

@@ -155,7 +155,8 @@ def test_saved_arguments_load(tmp_path: Path) -> None:
 # ---- what is refused ----
 
 BAD_STEPS = [(-1.0, ValueError), (-1e-9, ValueError), (math.nan, ValueError), (math.inf, ValueError)]
-BAD_STEPS += [(-math.inf, ValueError), ("1", TypeError), (None, TypeError), (True, TypeError), ([1.0], TypeError)]
+BAD_STEPS += [(-math.inf, ValueError), (None, TypeError), (True, TypeError), ([1.0], TypeError)]
+BAD_STEPS += [("Auto", ValueError), ("", ValueError), ("two", ValueError)]
 
 
 @pytest.mark.parametrize(("steps", "kind"), BAD_STEPS, ids=str)
@@ -172,15 +173,30 @@ def test_bad_steps(tmp_path: Path, steps: Any, kind: type[Exception]) -> None:
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flag", ["-1", "nan", "inf"])
+@pytest.mark.parametrize("flag", ["-1", "nan", "inf", "many", "AUTO"])
 def test_bad_steps_as_flags(tmp_path: Path, flag: str) -> None:
     with pytest.raises(ValueError, match="xgrad_steps"):
         parse(XGradTrainingArguments, tmp_path, f"--xgrad_steps={flag}")
 
 
-@pytest.mark.parametrize("steps", [0, 0.0, 1, 0.5, 1e6])
-def test_good_steps(steps: float) -> None:
+@pytest.mark.parametrize("steps", [0, 0.0, 1, 0.5, 1e6, "auto"])
+def test_good_steps(steps: float | str) -> None:
     assert XGradConfig(steps=steps).steps == steps
+
+
+@classes
+@pytest.mark.parametrize(("flag", "steps"), [("auto", "auto"), ("2", 2.0), ("1e-1", 0.1), ("0", 0.0)])
+def test_steps_as_flags(tmp_path: Path, cls: Any, flag: str, steps: float | str) -> None:
+    args = parse(cls, tmp_path, "--xgrad_steps", flag)
+    assert (args.xgrad_steps, type(args.xgrad_steps)) == (steps, type(steps))
+    assert XGradConfig.from_args(args).active == (steps != 0)
+
+
+def test_a_search_may_set_a_number_where_auto_was(tmp_path: Path) -> None:
+    """It converts the value to the type that the field has at the time."""
+    args = XGradTrainingArguments(output_dir=str(tmp_path), use_cpu=True, xgrad_steps="auto")
+    args.xgrad_steps = type(args.xgrad_steps)(2.0)
+    assert XGradConfig.from_args(args).steps == 2.0
 
 
 @pytest.mark.parametrize("rule", ["closed-form", "AUTO", "", None])

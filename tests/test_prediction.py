@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import re
 import warnings
 import weakref
@@ -287,6 +288,80 @@ def test_fused_optimizer_that_skips_inside_predicts_nothing_from_an_empty_state(
     assert same(loop.seen[1], start)
     assert not same(loop.seen[2], start)
     assert all(bool(torch.isfinite(w).all()) for w in loop.seen[2])
+
+
+# ---- steps="auto" ----
+
+
+def chosen_steps(predictor: WeightPredictor) -> list[float]:
+    """What the estimator (which has tests of its own) would have for the coming prediction."""
+    assert predictor._auto_steps is not None
+    return predictor._auto_steps.values()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["momentum", "adamw", "adam3", "sgd"])
+def test_auto_predicts_the_chosen_number_of_steps(name: str, rule: str) -> None:
+    """Each group its own number, one for all micro-batches of a window, and the log tells it."""
+
+    def groups(params: Any) -> torch.optim.Optimizer:
+        first, *rest = params
+        return OPTIMIZERS[name]([{"params": [first]}, {"params": rest}])
+
+    loop = Loop(groups, XGradConfig(steps="auto", rule=rule), torch.float64)
+    previous, chosen = loop.weights(), []
+    for _ in range(6):
+        current = loop.weights()
+        steps = chosen_steps(loop.predictor)
+        chosen.append(steps)
+        of_param = [steps[0], *[steps[1]] * (len(current) - 1)]
+        if rule == "auto" and name not in UNIVERSAL:
+            unit = predicted_weights(loop.optimizer, 1.0)
+            expected = [w + s * (one - w) for w, one, s in zip(current, unit, of_param, strict=True)]
+        else:
+            expected = [w + s * (w - v) for w, v, s in zip(current, previous, of_param, strict=True)]
+        loop.predictor.measure()
+        loop.step(2)
+        assert same(loop.seen[-1], loop.seen[-2])
+        for seen, want in zip(loop.seen[-1], expected, strict=True):
+            torch.testing.assert_close(seen, want, rtol=1e-10, atol=1e-14)
+        told = loop.predictor.diagnostics()
+        assert [told["steps_0"], told["steps_1"]] == steps
+        assert told["steps"] == pytest.approx(sum(steps) / 2)
+        previous = current
+    assert len({s for steps in chosen for s in steps}) > 4
+
+
+def test_a_fixed_number_of_steps_is_not_told_again() -> None:
+    loop = Loop(OPTIMIZERS["adamw"]).run(2)
+    loop.predictor.measure()
+    loop.step()
+    assert not any("steps" in name for name in loop.predictor.diagnostics())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_auto_resumes_exactly(name: str) -> None:
+    """Between steps and in the middle of a window, through a file that holds nothing but tensors and plain values."""
+    for micro_batches in (0, 1):
+        one = Loop(OPTIMIZERS[name], XGradConfig(steps="auto")).run(4)
+        for _ in range(micro_batches):
+            one.micro_batch()
+        one.optimizer.zero_grad()
+        file = io.BytesIO()
+        torch.save([part.state_dict() for part in (one.model, one.optimizer, one.predictor)], file)
+        file.seek(0)
+        two = Loop(OPTIMIZERS[name], XGradConfig(steps="auto"))
+        for part, state in zip(
+            (two.model, two.optimizer, two.predictor), torch.load(file, weights_only=True), strict=True
+        ):
+            part.load_state_dict(state)
+        two.data.set_state(one.data.get_state())
+        assert chosen_steps(one.predictor) == chosen_steps(two.predictor)
+        one.run(3)
+        two.run(3)
+        assert same(one.weights(), two.weights())
+        assert chosen_steps(one.predictor) == chosen_steps(two.predictor)
+        assert same(one.seen[-3], two.seen[-3])
 
 
 # ---- which parameters, how much memory ----
@@ -658,7 +733,7 @@ def test_resumed_is_the_uninterrupted_run(name: str, rule: str, micro_batches: i
         one.micro_batch()
     one.optimizer.zero_grad()
     saved = copy.deepcopy((one.model.state_dict(), one.optimizer.state_dict(), one.predictor.state_dict()))
-    assert bool(saved[2]) is one.predictor.remembers is (rule == "last_update" or name in UNIVERSAL)
+    assert bool(saved[2]) is bool(one.predictor.remembers) is (rule == "last_update" or name in UNIVERSAL)
     two = Loop(OPTIMIZERS[name], XGradConfig(rule=rule), seed=5)
     for part, state in zip((two.model, two.optimizer, two.predictor), saved, strict=True):
         part.load_state_dict(state)

@@ -873,6 +873,21 @@ def test_diagnostics(
     json.dumps(trainer.state.log_history)
 
 
+def test_log_tells_the_steps_that_were_chosen(tmp_path: Path) -> None:
+    """Only where they are: a mean over the groups (matrices decay, the rest does not), and each."""
+    for steps, names in (("auto", {"xgrad/steps", "xgrad/steps_0", "xgrad/steps_1"}), (2.0, set())):
+        trainer = xgrad_trainer(tmp_path, tiny.bert(), tiny.Sentences(16), max_steps=6, xgrad_steps=steps)
+        trainer.train()
+        entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert len(entries) == 6
+        assert all({name for name in entry if name.startswith("xgrad/steps")} == names for entry in entries)
+        if names:
+            assert entries[0]["xgrad/steps"] == 1.0
+            assert len({entry["xgrad/steps"] for entry in entries}) > 3
+            assert all(math.isfinite(entry[name]) and entry[name] >= 0 for entry in entries for name in names)
+        json.dumps(trainer.state.log_history)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_diagnostics_are_inactive_where_the_learning_rate_is_zero(tmp_path: Path, rule: Any) -> None:
     """A whole period of a cosine: the learning rate is 0 in the middle of the run, and rises again."""

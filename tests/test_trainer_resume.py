@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ from hf_xgrad import XGradTrainer, XGradTrainingArguments
 CLOSED_FORM = {"optim": "adamw_torch"}
 MOMENTUM = {"optim": "sgd", "optim_args": "momentum=0.9"}
 LAST_UPDATE = {"optim": "adamw_torch", "xgrad_rule": "last_update"}
+AUTO = {"optim": "adamw_torch", "xgrad_steps": "auto"}
 RULES = [
     pytest.param(CLOSED_FORM, id="closed_form"),
     pytest.param(MOMENTUM, id="momentum"),
     pytest.param(LAST_UPDATE, id="last_update"),
     pytest.param({"optim": "adafactor"}, id="adafactor"),
+    pytest.param(AUTO, id="auto"),
+    pytest.param({**LAST_UPDATE, "xgrad_steps": "auto"}, id="auto-last_update"),
 ]
 STEPS = 8
 FILE = "xgrad.safetensors"
@@ -74,7 +78,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, rule: Any, step: int, accu
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert outcome(resumed, step) == expected
     # And a prediction was resumed, not the plain optimizer: but for step 1, whose learning rate was 0.
-    predicts = step > 1 or rule in (CLOSED_FORM, MOMENTUM)
+    predicts = step > 1 or rule in (CLOSED_FORM, MOMENTUM, AUTO)
     assert tiny.same(forwards.weights[0], true[0][1]) != predicts
 
 
@@ -235,7 +239,7 @@ def test_checkpoints_are_the_plain_trainers(tmp_path: Path, rule: Any, writer: t
     assert read.state.global_step == STEPS
     assert all(torch.isfinite(t).all() for t in forwards.weights[-1].values())
     # The closed form takes up the plain Trainer's state at once; there is no last update to repeat.
-    predicts = reader is XGradTrainer and rule in (CLOSED_FORM, MOMENTUM)
+    predicts = reader is XGradTrainer and rule in (CLOSED_FORM, MOMENTUM, AUTO)
     assert tiny.same(forwards.weights[0], after[0][1]) != predicts
 
 
@@ -271,6 +275,25 @@ def test_missing_file_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "\n" not in warning
     moved = [not tiny.same(seen, w) for seen, (_, w) in zip(forwards.weights, true, strict=True)]
     assert moved == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "missing"),
+    [
+        (CLOSED_FORM, AUTO, "xgrad_steps='auto'"),
+        (LAST_UPDATE, {**LAST_UPDATE, "xgrad_steps": "auto"}, "xgrad_steps='auto'"),
+        (AUTO, LAST_UPDATE, "the last update"),
+    ],
+)
+def test_what_the_file_does_not_have_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, written: Any, read: Any, missing: str
+) -> None:
+    make(tmp_path, **saving(4), **written).train()
+    make(tmp_path, **read).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    [warning] = ours(caplog)
+    assert missing in warning
+    assert " and " not in warning
+    assert "\n" not in warning
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -329,6 +352,15 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], None])
         resumed.train(resume_from_checkpoint=str(path.parent))
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty], ids=["truncated", "empty"])
+def test_a_damaged_file_of_steps_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    make(tmp_path, **saving(4), **AUTO).train()
+    path = tmp_path / "checkpoint-4" / FILE
+    damage(path)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        make(tmp_path, **AUTO).train(resume_from_checkpoint=str(path.parent))
 
 
 def test_a_damaged_file_does_not_matter_where_it_is_not_read(tmp_path: Path) -> None:
