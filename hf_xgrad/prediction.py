@@ -49,6 +49,11 @@ _REFUSALS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("perturb_weights",), CLOSURE),
 )
+# By a setting of its groups, where that is on.
+_REFUSED_SETTINGS = {
+    "differentiable": "differentiable=True has autograd follow the steps, which cannot follow the prediction",
+    "gradient_release": IN_BACKWARD,  # of the optimi library
+}
 # And what shows nothing of it from outside, by "module.qualname".
 _REFUSED_CLASSES = {
     "pytorch_optimizer.optimizer.adahessian.AdaHessian": HESSIAN,
@@ -62,9 +67,9 @@ def refusal(optimizer: Optimizer | Callable[..., Any]) -> str | None:
     for attributes, reason in _REFUSALS:
         if all(hasattr(optimizer, attribute) for attribute in attributes):
             return reason
-    # Set by optimi's classes; a class of them does not show it yet.
-    if any(group.get("gradient_release") for group in getattr(optimizer, "param_groups", ())):
-        return IN_BACKWARD
+    for setting, reason in _REFUSED_SETTINGS.items():
+        if any(group.get(setting) for group in getattr(optimizer, "param_groups", ())):
+            return reason
     optimizer_class = optimizer if isinstance(optimizer, type) else type(optimizer)
     if _needs_closure(optimizer_class):
         return CLOSURE
@@ -88,14 +93,15 @@ def refused(name: str, reason: str) -> ValueError:
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer behind wrappers that only pass through, such as Accelerate's.
 
-    A wrapper passes through if its state and its groups *are* those of the optimizer inside; one with a state of its
-    own steps by a rule of its own.
+    A wrapper passes through if its state and its groups *are* those of the optimizer inside, and its steps run no
+    hooks of their own; any other steps by a rule of its own.
     """
     inner = getattr(optimizer, "optimizer", None)
     if (
         isinstance(inner, Optimizer)
-        and inner.state is optimizer.state
-        and inner.param_groups is optimizer.param_groups
+        and not hasattr(optimizer, "_optimizer_step_pre_hooks")
+        and inner.state is getattr(optimizer, "state", None)
+        and inner.param_groups is getattr(optimizer, "param_groups", None)
     ):
         return unwrap_optimizer(inner)
     return optimizer
@@ -122,6 +128,8 @@ def _unreachable(optimizer: Optimizer) -> str | None:
     Optimizers around others are the ones to look at: nothing makes them show the groups of those inside, nor their
     steps.
     """
+    if not hasattr(optimizer, "param_groups"):
+        return "it has no param_groups, where the weights that it steps could be found"
     shown = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for inner in _inner_optimizers(optimizer):
         if any(id(p) not in shown for group in inner.param_groups for p in group["params"]):

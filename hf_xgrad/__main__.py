@@ -1,0 +1,211 @@
+"""`python -m hf_xgrad`: which optimizers work, and what a bug report needs."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import platform
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata, resources
+from typing import Any
+
+Row = dict[str, str]
+
+OPTIM = "--optim"  # the rows of names that --optim takes
+COLUMNS = ("optimizer", "rule", "class", "remark")
+
+# Libraries that a bug may come from, as pip names them.
+_REQUIRED = ("torch", "transformers", "accelerate", "safetensors")
+_OPTIONAL = (
+    *("apollo-torch", "bitsandbytes", "galore-torch", "grokadamw", "lomo-optim", "pytorch-optimizer", "schedulefree"),
+    *("torch-optimi", "torchao", "datasets", "deepspeed", "liger-kernel", "numpy", "peft", "trl"),
+)
+# Settings from outside that change how a run goes. None of them holds a secret or a path.
+_VARIABLES = (
+    *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "CUBLAS_WORKSPACE_CONFIG"),
+    *("CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "LOCAL_RANK", "MKL_NUM_THREADS"),
+    *("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ENABLE_MPS_FALLBACK", "RANK"),
+    *("TOKENIZERS_PARALLELISM", "TORCH_COMPILE_DISABLE", "TRANSFORMERS_OFFLINE", "WORLD_SIZE"),
+)
+
+
+class InputError(ValueError):
+    """What was asked for cannot be done; the text is one line that says what can."""
+
+
+# ---- optimizers ----
+
+
+def read_table() -> dict[str, Any]:
+    """The table as it was made: `versions` by package, and `optimizers`, a row for each setting that was tried."""
+    return json.loads(resources.files("hf_xgrad").joinpath("optimizers.json").read_text(encoding="utf-8"))
+
+
+def grouped(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Rows that differ in their options only as one, with the list of these as `settings`."""
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows:
+        shared = {key: value for key, value in row.items() if key != "options"}
+        groups.setdefault(tuple(shared.values()), {**shared, "settings": []})["settings"].append(row["options"])
+    return list(groups.values())
+
+
+def chosen(rows: list[Row], names: list[str] | None, text: str | None) -> list[Row]:
+    """The rows of these names of --optim, or with this text in a column.
+
+    Raises:
+        InputError: there are none.
+    """
+    if names is not None:
+        known = {row["name"] for row in rows if row["source"] == OPTIM}
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3)
+                hint = f" Did you mean {' or '.join(close)}?" if close else ""
+                raise InputError(f"--optim {name}: no such name.{hint} `optimizers` without --optim lists all.")
+        rows = [row for row in rows if row["source"] == OPTIM and row["name"] in names]
+    if text is not None:
+        rows = [row for row in rows if text.lower() in " ".join(row.values()).lower()]
+        if not rows:
+            raise InputError(f"{text}: in no row of the table; `optimizers` without it lists all.")
+    return rows
+
+
+def is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def missing_packages(row: Mapping[str, str]) -> list[str]:
+    return [package for package in row["install"].split() if not is_installed(package)]
+
+
+def optimizers(arguments: argparse.Namespace) -> None:
+    table = read_table()
+    rows = chosen(table["optimizers"], arguments.optim, arguments.text)
+    if arguments.json:
+        listed = [{**row, "missing": missing_packages(row)} for row in rows]
+        print(json.dumps({"versions": table["versions"], "optimizers": listed}, indent=2))
+        return
+    for source in dict.fromkeys(row["source"] for row in rows):
+        print(f"\n{source}")
+        lines = []
+        for group in grouped(row for row in rows if row["source"] == source):
+            settings = "; ".join(setting or "plain" for setting in group["settings"])
+            name = group["name"] if settings == "plain" else f"{group['name']} ({settings})"
+            missing = missing_packages(group)
+            install = f"not installed here: pip install {' '.join(missing)}" if missing else ""
+            note = "; ".join(filter(None, (group["note"], install)))
+            lines.append((name, group["rule"], group["class"], note))
+        print(in_columns(lines, shutil.get_terminal_size().columns))
+    counts = Counter(row["rule"] for row in rows)
+    print("\n" + ", ".join(f"{number} {rule}" for rule, number in counts.most_common()) + " (each setting counted)")
+
+
+def in_columns(lines: Sequence[tuple[str, ...]], width: int) -> str:
+    """Lines of `COLUMNS` under their titles, broken so that they fit into `width`."""
+    lines = [COLUMNS, *lines]
+    widest = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    # A rule is never broken; the others share what it leaves, and the remark takes what the first two do not need.
+    room = max(width, 60) - widest[1] - 2 * (len(COLUMNS) - 1)
+    name, exact_class = min(widest[0], 3 * room // 10), min(widest[2], 4 * room // 10)
+    widths = (name, widest[1], exact_class, min(widest[3], room - name - exact_class))
+    text = []
+    for line in lines:
+        cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(line, widths, strict=True)]
+        for i in range(max(len(cell) for cell in cells)):
+            parts = [(cell[i] if i < len(cell) else "").ljust(w) for cell, w in zip(cells, widths, strict=True)]
+            text.append("  ".join(parts).rstrip())
+    return "\n".join(text)
+
+
+# ---- env ----
+
+
+def environment() -> dict[str, Any]:
+    """What a bug report needs; nothing that names the user, a folder or a secret."""
+    import torch
+
+    from hf_xgrad import XGradConfig, __version__
+
+    cuda = torch.cuda.is_available()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return {
+        "hf_xgrad": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: metadata.version(package) for package in _REQUIRED},
+        "optional": {package: metadata.version(package) for package in _OPTIONAL if is_installed(package)},
+        "cuda of torch": torch.version.cuda,
+        "devices": devices or ["cpu"],
+        "threads": torch.get_num_threads(),
+        "XGradConfig": dataclasses.asdict(XGradConfig()),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def env(arguments: argparse.Namespace) -> None:
+    facts = environment()
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        if name in ("versions", "optional"):
+            flat.update(value)
+        elif isinstance(value, dict):
+            flat[name] = ", ".join(f"{key}={entry}" for key, entry in value.items()) or "none"
+        else:
+            flat[name] = ", ".join(value) if isinstance(value, list) else value
+    for name, value in flat.items():
+        print(f"{name + ':':20} {value}")
+
+
+# ---- the command line ----
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m hf_xgrad", description="XGrad weight prediction.")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__, help=text, description=text)
+        added.add_argument("--json", action="store_true", help="print JSON")
+        added.set_defaults(run=run)
+        return added
+
+    table = command(optimizers, "Print which optimizers work, by which rule, and which are refused and why.")
+    which = table.add_mutually_exclusive_group()
+    which.add_argument("text", nargs="?", help="only the rows with this text in them")
+    which.add_argument("--optim", nargs="+", metavar="NAME", help="only these names of --optim")
+    command(env, "Print what a bug report needs: versions, devices, settings.")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parsed = parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; closing it at exit would raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""`python -m hf_xgrad`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import hf_xgrad
+from hf_xgrad import __main__ as command_line
+
+ROOT = Path(hf_xgrad.__file__).resolve().parent.parent
+ROWS = command_line.read_table()["optimizers"]
+
+
+def test_as_a_user_runs_it(tmp_path: Path) -> None:
+    """From another folder, with wrong input: one line and status 2."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "hf_xgrad", "optimizers", "--optim", "adamw_troch"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2, run.stderr
+    assert run.stdout == ""
+    assert run.stderr.strip().splitlines()[-1].startswith("error: --optim adamw_troch: no such name.")
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert command_line.main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 400])
+def test_table_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """And has every row, whatever is broken over lines."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = output(capsys, "optimizers")
+    assert max(len(line) for line in text.splitlines()[:-1]) <= width
+    for row in ROWS:
+        # Names with spaces may be broken over lines.
+        assert row["name"].split()[0][:8] in text
+    for source in {row["source"] for row in ROWS}:
+        assert f"\n{source}\n" in text
+
+
+def test_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    last = output(capsys, "optimizers").splitlines()[-1]
+    for rule in {row["rule"] for row in ROWS}:
+        assert f"{sum(row['rule'] == rule for row in ROWS)} {rule}" in last
+
+
+def test_names_of_optim(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(output(capsys, "optimizers", "--json", "--optim", "adafactor", "lomo"))["optimizers"]
+    assert [(row["source"], row["name"]) for row in found] == [("--optim", "adafactor"), ("--optim", "lomo")]
+    assert {row["rule"] for row in found} == {"universal rule", "refused"}
+
+
+def test_filter(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(output(capsys, "optimizers", "--json", "LOOKAHEAD"))["optimizers"]
+    assert found
+    assert all("lookahead" in " ".join(map(str, row.values())).lower() for row in found)
+    assert len(found) < len(ROWS)
+
+
+def test_json_is_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None:
+    table = json.loads(output(capsys, "optimizers", "--json"))
+    assert table["versions"] == command_line.read_table()["versions"]
+    assert [{key: value for key, value in row.items() if key != "missing"} for row in table["optimizers"]] == ROWS
+
+
+def test_missing_packages(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named where they are needed, and nowhere else."""
+
+    def version(package: str) -> str:
+        if package == "galore-torch":
+            raise metadata.PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(command_line.metadata, "version", version)
+    rows = json.loads(output(capsys, "optimizers", "--json"))["optimizers"]
+    for row in rows:
+        assert row["missing"] == (["galore-torch"] if "galore-torch" in row["install"] else [])
+    monkeypatch.setenv("COLUMNS", "400")
+    assert "pip install galore-torch" in output(capsys, "optimizers", "--optim", "galore_adamw")
+    assert "pip install" not in output(capsys, "optimizers", "--optim", "adamw_8bit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (["optimizers", "--optim", "adamw_troch"], "adamw_torch"),
+        (["optimizers", "--optim", "sgd", "nothing"], "nothing"),
+        (["optimizers", "no such text"], "no such text"),
+    ],
+)
+def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], culprit: str) -> None:
+    assert command_line.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert culprit in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["optimisers"], ["optimizers", "text", "--optim", "sgd"], ["env", "more"]])
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command_line.main(arguments)
+    assert end.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_env(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions and settings; nothing of the user's."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HOME", "/home/somebody/cache")
+    text = output(capsys, "env")
+    facts = json.loads(output(capsys, "env", "--json"))
+    assert facts["hf_xgrad"] == hf_xgrad.__version__
+    for package in ("torch", "transformers", "accelerate", "safetensors"):
+        assert facts["versions"][package] == metadata.version(package)
+        assert metadata.version(package) in text
+    assert facts["XGradConfig"]["rule"] == hf_xgrad.XGradConfig().rule
+    assert facts["variables"]["OMP_NUM_THREADS"] == "1"
+    for shown in (text, json.dumps(facts)):
+        assert "hf_secret" not in shown
+        assert "/home" not in shown
+        assert str(Path.home()) not in shown
+
+
+def test_env_without_optional_libraries(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "is_installed", lambda package: False)
+    assert json.loads(output(capsys, "env", "--json"))["optional"] == {}
+
+
+def test_the_table_needs_no_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is read from the package; nothing is imported for it, whatever is installed."""
+    before = set(sys.modules)
+    output(capsys, "optimizers")
+    assert {name.partition(".")[0] for name in set(sys.modules) - before} <= {"hf_xgrad"}
