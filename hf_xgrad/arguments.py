@@ -71,7 +71,6 @@ class XGradConfig:
         default = cls()
         return cls(
             enabled=getattr(args, "xgrad", default.enabled),
-            # A search sets a field by the type of its former value, which "auto" makes a text.
             steps=_parse_steps(getattr(args, "xgrad_steps", default.steps)),
             rule=getattr(args, "xgrad_rule", default.rule),
             weight_decay=getattr(args, "xgrad_weight_decay", default.weight_decay),
@@ -79,9 +78,9 @@ class XGradConfig:
 
 
 def _parse_steps(steps: float | str) -> float | str:
-    """The number that a text says; anything else as it is."""
+    """The number that a text says or a whole number is, as a float; anything else as it is."""
     try:
-        return float(steps) if isinstance(steps, str) else steps
+        return float(steps) if isinstance(steps, (str, int)) and not isinstance(steps, bool) else steps
     except ValueError:
         return steps
 

@@ -27,12 +27,14 @@ from hf_xgrad.rules import (
     as_vector,
     bias_corrections,
     decoupled_decay,
+    library_decay,
     negligible,
     no_momentum,
     register_rule,
     scalars,
     sgd_direction,
     state_steps,
+    without,
 )
 
 # Effective length of the second moment's average from which on RAdam trusts it.
@@ -197,24 +199,6 @@ def rmsprop_direction(params: Sequence[Tensor], states: Sequence[State], group: 
 # ---- pytorch-optimizer; it counts steps per group ----
 
 
-def _library_decay(group: Group) -> float | Tensor:
-    if not group["weight_decouple"]:
-        return 0.0
-    return group["weight_decay"] if group.get("fixed_decay") else decoupled_decay(group)
-
-
-def _plain(name: str, *options: str) -> Callable[[Group], str | None]:
-    """`unless` of an optimizer that steps by another equation with any of `options`."""
-
-    def obstacle(group: Group) -> str | None:
-        for option in options:
-            if group.get(option):
-                return f"{name} with {option}=True steps by another equation"
-        return None
-
-    return obstacle
-
-
 def _old_release(optimizer: Optimizer) -> str | None:
     """Before they had multi-tensor steps some classes stepped otherwise, or kept options out of their groups."""
     if hasattr(optimizer, "_step_foreach"):
@@ -233,13 +217,13 @@ def _unusual_rectification(optimizer: Optimizer) -> str | None:
     return None
 
 
-register_rule("pytorch_optimizer.optimizer.sgd.SGDW", decay=_library_decay, unless=no_momentum)(sgd_direction)
+register_rule("pytorch_optimizer.optimizer.sgd.SGDW", decay=library_decay, unless=no_momentum)(sgd_direction)
 
 
 @register_rule(
     "pytorch_optimizer.optimizer.radam.RAdam",
-    decay=_library_decay,
-    unless=_plain("RAdam", "adam_debias"),
+    decay=library_decay,
+    unless=without("RAdam", "adam_debias"),
     unless_optimizer=_unusual_rectification,
 )
 def library_radam_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
@@ -258,7 +242,7 @@ def library_radam_direction(params: Sequence[Tensor], states: Sequence[State], g
 
 
 @register_rule(
-    "pytorch_optimizer.optimizer.adamax.AdaMax", decay=_library_decay, unless=_plain("AdaMax", "adam_debias")
+    "pytorch_optimizer.optimizer.adamax.AdaMax", decay=library_decay, unless=without("AdaMax", "adam_debias")
 )
 def library_adamax_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
     """AdaMax of pytorch-optimizer, exact: as `adamax_direction`, with the `step` of the group."""
@@ -294,8 +278,8 @@ def adan_direction(params: Sequence[Tensor], states: Sequence[State], group: Gro
 
 @register_rule(
     "pytorch_optimizer.optimizer.adopt.ADOPT",
-    decay=_library_decay,
-    unless=_plain("ADOPT", "cautious", "stable_adamw"),
+    decay=library_decay,
+    unless=without("ADOPT", "cautious", "stable_adamw"),
     unless_optimizer=_old_release,
 )
 def adopt_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
@@ -318,8 +302,8 @@ def _slow_shares(steps: list[float], beta1: float, alpha: float, warmup: float |
 
 @register_rule(
     "pytorch_optimizer.optimizer.ademamix.AdEMAMix",
-    decay=_library_decay,
-    unless=_plain("AdEMAMix", "cautious", "stable_adamw"),
+    decay=library_decay,
+    unless=without("AdEMAMix", "cautious", "stable_adamw"),
     unless_optimizer=_old_release,
 )
 def ademamix_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
@@ -349,7 +333,7 @@ def _optimi_decay(group: Group) -> float | Tensor:
     return share / group["max_lr"] if group["decouple_lr"] else share
 
 
-@register_rule("pytorch_optimizer.optimizer.adamw.StableAdamW", decay=_library_decay)
+@register_rule("pytorch_optimizer.optimizer.adamw.StableAdamW", decay=library_decay)
 @register_rule("optimi.stableadamw.StableAdamW", decay=_optimi_decay)
 def stable_adamw_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
     """StableAdamW, exact but for the clipping: `delta = m / (sqrt(v) + eps)`.
@@ -376,6 +360,8 @@ def _bitsandbytes_variant(optimizer: Optimizer) -> str | None:
     settings: Any = optimizer
     if settings.args.optim_bits != 32:
         return f"bitsandbytes keeps this state in {settings.args.optim_bits} bits"
+    if settings.is_paged and any(p.is_cuda for group in optimizer.param_groups for p in group["params"]):
+        return "bitsandbytes pages this state, which lies in the host's memory"
     if settings.args.max_unorm > 0 or settings.args.skip_zeros:
         return "bitsandbytes with max_unorm or skip_zeros needs the coming gradient"
     manager = settings.mng
@@ -399,21 +385,16 @@ def _bitsandbytes(module: str, *classes: str) -> Callable[[DirectionT], Directio
     return register
 
 
-def _state_beside(params: Sequence[Tensor], states: Sequence[State], name: str) -> list[Tensor]:
-    """A state on the device of its parameter: torch takes what is paged for the host's."""
-    return [state[name].to(p.device) for p, state in zip(params, states, strict=True)]
-
-
 @_bitsandbytes("adam", "Adam", "Adam32bit", "PagedAdam", "PagedAdam32bit")
 @_bitsandbytes("adamw", "AdamW", "AdamW32bit", "PagedAdamW", "PagedAdamW32bit")
 def bitsandbytes_adamw_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
-    """Adam and AdamW of bitsandbytes with `optim_bits=32`, paged or not, exact: as `rules.adam_direction`.
+    """Adam and AdamW of bitsandbytes with `optim_bits=32`, exact: as `rules.adam_direction`.
 
-    State read: `state1` (m), `state2` (v), `step` (k). What is paged is copied to the device, a chunk at a time.
+    State read: `state1` (m), `state2` (v), `step` (k). State that is paged to the host of a GPU is not read.
     """
     return adaptive_delta(
-        _state_beside(params, states, "state1"),
-        _state_beside(params, states, "state2"),
+        [state["state1"] for state in states],
+        [state["state2"] for state in states],
         state_steps(states),
         (group["betas"][0], group["betas"][1]),
         group["eps"],
@@ -422,18 +403,18 @@ def bitsandbytes_adamw_direction(params: Sequence[Tensor], states: Sequence[Stat
 
 @_bitsandbytes("ademamix", "AdEMAMix", "PagedAdEMAMix")
 def bitsandbytes_ademamix_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
-    """AdEMAMix of bitsandbytes with `optim_bits=32`, paged or not, exact: as `ademamix_direction`.
+    """AdEMAMix of bitsandbytes with `optim_bits=32`, exact: as `ademamix_direction`.
 
     `alpha_k` grows over `t_alpha` steps. State read: `state1` (m1 and m2, stacked), `state2` (v), `step` (k).
     """
     (beta1, beta2, _), steps = group["betas"], [float(state["step"]) for state in states]
-    averages = _state_beside(params, states, "state1")
+    averages = [state["state1"] for state in states]
     mixed = _mixed(
         [both[0] for both in averages],
         [both[1] for both in averages],
         _slow_shares(steps, beta1, group["alpha"], group["t_alpha"]),
     )
-    return adaptive_delta(mixed, _state_beside(params, states, "state2"), steps, (beta1, beta2), group["eps"])
+    return adaptive_delta(mixed, [state["state2"] for state in states], steps, (beta1, beta2), group["eps"])
 
 
 # ---- Lion ----
@@ -448,8 +429,8 @@ def _rescaled_decay(optimizer: Optimizer) -> str | None:
 
 @register_rule(
     "pytorch_optimizer.optimizer.lion.Lion",
-    decay=_library_decay,
-    unless=_plain("Lion", "cautious"),
+    decay=library_decay,
+    unless=without("Lion", "cautious"),
     unless_optimizer=_old_release,
 )
 @register_rule("lion_pytorch.lion_pytorch.Lion", decay=decoupled_decay, unless_optimizer=_rescaled_decay)
@@ -466,8 +447,8 @@ def lion_direction(params: Sequence[Tensor], states: Sequence[State], group: Gro
 
 @_bitsandbytes("lion", "Lion", "Lion32bit", "PagedLion", "PagedLion32bit")
 def bitsandbytes_lion_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
-    """Lion of bitsandbytes with `optim_bits=32`, paged or not, at rest: as `lion_direction`. State read: `state1`."""
-    return list(torch._foreach_sign(_state_beside(params, states, "state1")))
+    """Lion of bitsandbytes with `optim_bits=32`, at rest: as `lion_direction`. State read: `state1`."""
+    return list(torch._foreach_sign([state["state1"] for state in states]))
 
 
 # ---- GaLore ----

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from itertools import chain, repeat
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -67,13 +68,24 @@ def refusal(optimizer: Optimizer | Callable[..., Any]) -> str | None:
     for attributes, reason in _REFUSALS:
         if all(hasattr(optimizer, attribute) for attribute in attributes):
             return reason
-    for setting, reason in _REFUSED_SETTINGS.items():
-        if any(group.get(setting) for group in getattr(optimizer, "param_groups", ())):
-            return reason
     optimizer_class = optimizer if isinstance(optimizer, type) else type(optimizer)
     if _needs_closure(optimizer_class):
         return CLOSURE
-    return _REFUSED_CLASSES.get(f"{optimizer_class.__module__}.{optimizer_class.__qualname__}")
+    for base in optimizer_class.__mro__:
+        reason = _REFUSED_CLASSES.get(f"{base.__module__}.{base.__qualname__}", "")
+        if reason:
+            return reason
+    if not isinstance(optimizer, Optimizer):
+        return None
+    reasons = [refused_setting(group) for group in getattr(optimizer, "param_groups", ())]
+    # What is wrong with the optimizer inside is not mended by one around it.
+    reasons += [refusal(inner) for inner in _inner_optimizers(optimizer)]
+    return next(filter(None, reasons), None)
+
+
+def refused_setting(settings: Mapping[str, Any]) -> str | None:
+    """Why weights cannot be predicted under these settings of an optimizer; None where they can."""
+    return next((reason for name, reason in _REFUSED_SETTINGS.items() if settings.get(name)), None)
 
 
 def _needs_closure(optimizer_class: type) -> bool:
@@ -241,7 +253,7 @@ class WeightPredictor:
         self.config = config
         self._active = config.active
         self._inside = False
-        self._depth = 0  # of `step` within `step`: a subclass that calls its base's runs the hooks of both
+        self._step: FrameType | None = None  # the step that is being realised, or that raised
         self._backups: dict[Tensor, Tensor] = {}
         self._moved: list[_Chunk] = []  # chunks that hold predicted weights right now
         self._window: list[_Chunk] = []  # chunks that were predicted since the last realised step
@@ -292,17 +304,16 @@ class WeightPredictor:
                     "WeightPredictor: optimizer.step(closure) would run forward and backward on the true weights; run "
                     "them in predicted() and call optimizer.step() without a closure"
                 )
-            predictor._depth += 1
-            if predictor._depth == 1:
-                predictor._before_step()
+            if predictor._step is not None and _is_running(predictor._step):
+                return  # within a step: a subclass that calls the step of its base runs the hooks of both
+            predictor._before_step()
+            predictor._step = sys._getframe(1)
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             predictor = reference()
-            if predictor is None:
-                return
-            if predictor._depth == 1:
+            if predictor is not None and predictor._step is sys._getframe(1):
+                predictor._step = None
                 predictor._after_step()
-            predictor._depth = max(predictor._depth - 1, 0)
 
         handles = (
             self.optimizer.register_step_pre_hook(before),
@@ -338,7 +349,6 @@ class WeightPredictor:
             raise RuntimeError(
                 "WeightPredictor: the weights are predicted already; call restore() (or leave predicted()) first"
             )
-        self._depth = 0  # a step that raised never came to its end
         try:
             self._inside = True
             if self._active:
@@ -368,7 +378,7 @@ class WeightPredictor:
                 if chunk.decay is not None:
                     torch._foreach_add_(chunk.params, torch._foreach_mul(chunk.backups, chunk.decay))
                 if lost is not None:
-                    lost.add(chunk, delta.numerators)
+                    lost.add(chunk, delta)
             self._window.append(chunk)
         self._holds = held
         if self._moved:
@@ -563,7 +573,9 @@ class WeightPredictor:
         state: dict[str, Any] = {}
         if self._holds is not _Holds.NOTHING:
             state["holds"] = self._holds.value
-            state["lrs"] = [float(lr) if isinstance(lr, Tensor) else lr for lr in self._previous_lrs]
+            # A group that was added since the last step has none of it.
+            lrs = [*self._previous_lrs, *[0.0] * (len(self.optimizer.param_groups) - len(self._previous_lrs))]
+            state["lrs"] = [float(lr) if isinstance(lr, Tensor) else lr for lr in lrs]
             # A weight that was never stepped stood still: it is its own last value.
             state["weights"] = {
                 name: self._backups.get(p, p.detach())
@@ -586,10 +598,10 @@ class WeightPredictor:
         self._holds = _Holds.NOTHING
         if not self._active:
             return
-        if self._auto_steps is not None and "steps" in state_dict:
-            self._auto_steps.load_state_dict(state_dict["steps"])
+        if self._auto_steps is not None:
+            self._auto_steps.load_state_dict(state_dict.get("steps", {}))
         missing = _UNIVERSAL_STATE - set(state_dict)
-        if missing == _UNIVERSAL_STATE:
+        if missing == _UNIVERSAL_STATE or "weights" not in self.remembers:
             return
         if missing:
             raise ValueError(f"WeightPredictor: state_dict lacks {sorted(missing)}")
@@ -602,11 +614,13 @@ class WeightPredictor:
                 f"WeightPredictor: state_dict has {len(lrs)} parameter groups, the optimizer "
                 f"{len(self.optimizer.param_groups)}"
             )
-        if set(weights) - set(remembered):
+        unknown = sorted(set(weights) - set(self._places()))
+        if unknown:
             raise ValueError(
-                f"WeightPredictor: state_dict names parameters that the optimizer does not have: "
-                f"{sorted(set(weights) - set(remembered))[:3]}"
+                f"WeightPredictor: state_dict names parameters that the optimizer does not have: {unknown[:3]}"
             )
+        # Those that have a closed form now need no last update.
+        weights = {name: tensor for name, tensor in weights.items() if name in remembered}
         lacking = [name for name, p in remembered.items() if p.requires_grad and name not in weights]
         if lacking:
             raise ValueError(f"WeightPredictor: state_dict lacks the weights {lacking[:3]}")
@@ -637,11 +651,14 @@ class WeightPredictor:
         return needed
 
     def _remembered(self) -> dict[str, Tensor]:
-        """Parameters under the universal rule, named by their place in the optimizer, as its own state_dict does."""
+        """Parameters under the universal rule, by their places."""
+        return {name: p for name, (group, p) in self._places().items() if self._form(group) is None}
+
+    def _places(self) -> dict[str, tuple[Group, Tensor]]:
+        """Group and parameter by their place in the optimizer, `"<group>.<index>"`, which its own state_dict goes by."""
         return {
-            f"{g}.{i}": p
+            f"{g}.{i}": (group, p)
             for g, group in enumerate(self.optimizer.param_groups)
-            if self._form(group) is None
             for i, p in enumerate(group["params"])
         }
 
@@ -682,13 +699,16 @@ class _LostShare:
         self._counts: list[Tensor] = []
         self._dtypes: set[str] = set()
 
-    def add(self, chunk: _Chunk, numerators: Sequence[Tensor]) -> None:
-        """`numerators` of the delta: a weight is to be moved where they are not 0."""
+    def add(self, chunk: _Chunk, delta: Delta) -> None:
+        """A weight is to be moved where neither the numerator of its delta is 0, nor what that is multiplied by."""
         if not _is_low_precision(chunk.params[0]):
             return
         self._dtypes.add(str(chunk.params[0].dtype))
-        for param, backup, numerator in zip(chunk.params, chunk.backups, numerators, strict=True):
-            intended = numerator != 0
+        factors = repeat(1.0) if delta.factors is None else delta.factors
+        for param, backup, numerator, factor in zip(
+            chunk.params, chunk.backups, delta.numerators, factors, strict=False
+        ):
+            intended = (numerator != 0) & torch.as_tensor(chunk.scale * factor != 0, device=numerator.device)
             self._counts.append(torch.stack([(intended & (param == backup)).sum(), intended.sum()]))
 
     def share(self) -> float:
@@ -728,6 +748,15 @@ def _split(params: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def _is_low_precision(p: Tensor) -> bool:
     return p.dtype in (torch.bfloat16, torch.float16)
+
+
+def _is_running(frame: FrameType) -> bool:
+    """Whether a call has not ended yet; Python refuses to clear the frame of one."""
+    try:
+        frame.clear()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _scalar(value: float | Tensor) -> float | Tensor:

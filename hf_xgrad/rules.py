@@ -59,11 +59,14 @@ class Delta(NamedTuple):
             torch._foreach_add_(params, list(self.numerators), alpha=scale)
         elif self.denominators is None or self.factors is None:
             torch._foreach_add_(params, self.moves(scale))
-        elif isinstance(scale, Tensor) or isinstance(self.factors, Tensor):
-            device = scale.device if isinstance(scale, Tensor) else None
-            factors = self.factors if isinstance(self.factors, Tensor) else as_vector(self.factors, device)
+        elif isinstance(self.factors, Tensor):
             # A factor or scale of 0 makes the denominator infinite, and the move 0.
-            torch._foreach_div_(self.denominators, scalars(scale * factors))
+            torch._foreach_div_(self.denominators, scalars(scale * self.factors))
+            torch._foreach_addcdiv_(params, list(self.numerators), self.denominators)
+        elif isinstance(scale, Tensor):
+            # Numbers of the host and one of the device: two passes, but nothing to copy over or to wait for.
+            torch._foreach_div_(self.denominators, self.factors)
+            torch._foreach_div_(self.denominators, scale)
             torch._foreach_addcdiv_(params, list(self.numerators), self.denominators)
         else:
             scales = [scale * factor for factor in self.factors]
@@ -338,20 +341,30 @@ def adam_direction(params: Sequence[Tensor], states: Sequence[State], group: Gro
     )
 
 
-def _adabelief_variant(group: Group) -> str | None:
-    for option in ("rectify", "adanorm", "adam_debias"):
-        if group.get(option):
-            return f"AdaBelief with {option}=True steps by another equation"
-    return None
+def without(name: str, *options: str) -> Callable[[Group], str | None]:
+    """`unless` of an optimizer that steps by another equation with any of `options`."""
+
+    def obstacle(group: Group) -> str | None:
+        for option in options:
+            if group.get(option):
+                return f"{name} with {option}=True steps by another equation"
+        return None
+
+    return obstacle
 
 
-def _adabelief_decay(group: Group) -> float | Tensor:
+def library_decay(group: Group) -> float | Tensor:
+    """`decay` of pytorch-optimizer's classes, which couple it, decouple it, or do without the learning rate."""
     if not group["weight_decouple"]:
         return 0.0
-    return group["weight_decay"] if group["fixed_decay"] else decoupled_decay(group)
+    return group["weight_decay"] if group.get("fixed_decay") else decoupled_decay(group)
 
 
-@register_rule("pytorch_optimizer.optimizer.adabelief.AdaBelief", decay=_adabelief_decay, unless=_adabelief_variant)
+@register_rule(
+    "pytorch_optimizer.optimizer.adabelief.AdaBelief",
+    decay=library_decay,
+    unless=without("AdaBelief", "rectify", "adanorm", "adam_debias"),
+)
 def adabelief_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Delta:
     """AdaBelief of the pytorch-optimizer library: `delta = (m / (1 - b1^k)) / (sqrt(v / (1 - b2^k)) + eps)`.
 

@@ -19,7 +19,15 @@ from transformers.utils import logging
 
 from hf_xgrad.arguments import EXTRA_OPTIMIZERS, XGradConfig
 from hf_xgrad.optim import AdaM3
-from hf_xgrad.prediction import IN_BACKWARD, WeightPredictor, check_optimizer, no_closed_form, refusal, refused
+from hf_xgrad.prediction import (
+    IN_BACKWARD,
+    WeightPredictor,
+    check_optimizer,
+    no_closed_form,
+    refusal,
+    refused,
+    refused_setting,
+)
 from hf_xgrad.rules import closed_form_of
 
 # To a type checker the mixin is a Trainer; at run time it is mixed into one.
@@ -135,6 +143,15 @@ class XGradMixin(_Trainer):
             logs.update({f"xgrad/{name}": value for name, value in self._predictor.diagnostics().items()})
         super().log(logs, *args, **kwargs)
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        # The Trainer converts what a search suggests to the type that a field has, which here would cut 0.5 to 0 where
+        # s was 1, and could not make "auto" of a number; of a text it makes any of them.
+        if trial is not None and hasattr(self.args, "xgrad_steps"):
+            self.args.xgrad_steps = str(self.args.xgrad_steps)
+        super()._hp_search_setup(trial)
+        if trial is not None and hasattr(self.args, "xgrad_steps"):
+            self.args.xgrad_steps = XGradConfig.from_args(self.args).steps
+
     def _get_predictor(self) -> WeightPredictor | None:
         config = self.xgrad_config
         optimizer = self.optimizer
@@ -225,7 +242,7 @@ class XGradMixin(_Trainer):
         if given is None:
             self.check_arguments(args, config, self.model)
             return
-        reason = IN_BACKWARD if "optimizer_dict" in given[1] else refusal(given[0])
+        reason = IN_BACKWARD if "optimizer_dict" in given[1] else refusal(given[0]) or refused_setting(given[1])
         if reason is not None:
             raise refused(given[0].__name__, reason)
         # What a factory will make is not known yet: the predictor looks at it before the first step.
@@ -254,6 +271,9 @@ class XGradMixin(_Trainer):
         wants_form = config.rule == "closed_form" and (model is not None or not args.optim_target_modules)
         if name in EXTRA_OPTIMIZERS or wants_form:
             optimizer_class, kwargs = cls.get_optimizer_cls_and_kwargs(args, model)
+            reason = refused_setting(kwargs)
+            if reason is not None:
+                raise refused(f"optim={name!r} with optim_args={args.optim_args!r}", reason)
             if wants_form:
                 _check_closed_form(optimizer_class, kwargs, config)
 

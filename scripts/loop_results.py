@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from huggingface_hub import HfApi, ModelCardData
 
 from loop_arguments import LoopArguments
-from run_results import format_table, read_json, write_json
+from run_results import format_table, read_json, steps_text, write_json
 from script_arguments import as_input_error
 from training_runs import HUB_ERRORS, pushing
 
@@ -71,7 +71,7 @@ def _model_card(args: LoopArguments, base_model: str | None, card: dict[str, Any
         tags=card["tags"] or None,
     )
     start = f"Fine-tuned from {base}" if base else "Trained"
-    method = f"XGrad weight prediction (arXiv 2305.18240; s = {args.xgrad_steps}, rule {args.xgrad_rule})"
+    method = f"XGrad weight prediction (arXiv 2305.18240; s = {steps_text(args.xgrad_steps)}, rule {args.xgrad_rule})"
     names = ("seed", "optim", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps",
              "per_device_train_batch_size", "gradient_accumulation_steps")  # fmt: skip
     results = read_json(Path(args.output_dir) / "all_results.json")

@@ -21,6 +21,11 @@ RESUMED = "train_resumed_at_step"
 _BOOKKEEPING = ("_per_second", "_samples", "_tokens", "_runtime", "epoch", "total_flos")
 
 
+def steps_text(steps: float | str) -> str:
+    """`xgrad_steps` as readers write it: 2, 0.5, auto."""
+    return steps if isinstance(steps, str) else f"{steps:g}"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content`, readably."""
     path.write_text(json.dumps(content, indent=4, sort_keys=True) + "\n", encoding="utf-8")

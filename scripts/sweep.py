@@ -18,8 +18,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+from hf_xgrad import XGradConfig
 from hf_xgrad.arguments import AUTO_STEPS
-from run_results import STYLES, format_table, new_figure, read_json, write_json
+from run_results import STYLES, format_table, new_figure, read_json, steps_text, write_json
 from script_arguments import CONFIG_SUFFIXES, InputError, describe_choices, read_config_file, run_script
 
 PROG = "sweep.py"
@@ -36,18 +37,17 @@ class Point(NamedTuple):
     seed: int
 
     def __str__(self) -> str:
-        return f"lr={self.learning_rate:g},s={_text(self.steps)},seed={self.seed}"
+        return f"lr={self.learning_rate:g},s={steps_text(self.steps)},seed={self.seed}"
 
 
 Values = Mapping[Point, float]
 
 
 def _steps(text: str) -> float | str:
-    return text if text == AUTO_STEPS else float(text)
-
-
-def _text(steps: float | str) -> str:
-    return steps if isinstance(steps, str) else f"{steps:g}"
+    try:
+        return XGradConfig.from_args(argparse.Namespace(xgrad_steps=text)).steps
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +142,7 @@ def _rows(values: Values) -> list[list[str | float | None]]:
         compared = bool(differences) and steps != 0
         rows.append(
             [
-                *(f"{rate:g}", _text(steps)),
+                *(f"{rate:g}", steps_text(steps)),
                 *(mean(of_seed.values()), min(of_seed.values()), max(of_seed.values())),
                 f"{mean(differences):+.4f}" if compared else None,
                 f"{lower} of {len(differences)} seeds" if compared else None,

@@ -30,13 +30,14 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.parametrize("steps", [2.0, "auto"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_prediction_on_the_device(name: str) -> None:
+def test_prediction_on_the_device(name: str, steps: float | str) -> None:
     """The slow twin's weights, restored bit for bit, without a single wait for the device."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).cuda()
     optimizer = OPTIMIZERS[name](model.parameters())
-    predictor = WeightPredictor(optimizer, XGradConfig(steps=2.0))
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=steps))
     for x in torch.randn(4, 16, 6).cuda():
         model(x).square().mean().backward()
         optimizer.step()
@@ -45,7 +46,7 @@ def test_prediction_on_the_device(name: str) -> None:
     with predictor.predicted():
         pass
     before = [p.detach().clone() for p in model.parameters()]
-    expected = predicted_weights(optimizer, 2.0)
+    expected = predicted_weights(optimizer, predictor._auto_steps.values()[0] if predictor._auto_steps else 2.0)
     torch.cuda.set_sync_debug_mode("error")
     try:
         predictor.predict()
@@ -57,6 +58,39 @@ def test_prediction_on_the_device(name: str) -> None:
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
     assert not any(torch.equal(m, w) for m, w in zip(moved, before, strict=True))
+
+
+@pytest.mark.parametrize("steps", [2.0, "auto"])
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (torch.optim.RAdam, {}),
+        (torch.optim.NAdam, {}),
+        (torch.optim.Adamax, {}),
+        (torch.optim.RMSprop, {"momentum": 0.9}),
+    ],
+)
+def test_capturable_optimizers_are_predicted_as_on_the_cpu(cls: Any, settings: Any, steps: float | str) -> None:
+    seen = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).to(device)
+        optimizer = cls(model.parameters(), lr=0.01, capturable=device == "cuda", **settings)
+        predictor = WeightPredictor(optimizer, XGradConfig(steps=steps))
+        for x in torch.randn(12, 16, 6):
+            with predictor.predicted():
+                model(x.to(device)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            predictor.predict()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        seen.append([p.detach().cpu() for p in model.parameters()])
+        predictor.restore()
+    for on_cpu, on_gpu in zip(*seen, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,22 @@ def test_auto_predicts_the_chosen_number_of_steps(name: str, rule: str) -> None:
     assert len({s for steps in chosen for s in steps}) > 4
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_auto_goes_back_to_an_earlier_state(name: str) -> None:
+    """One that was saved before the first step, too: it is empty."""
+    loop = Loop(OPTIMIZERS[name], XGradConfig(steps="auto"))
+    saved = copy.deepcopy([part.state_dict() for part in (loop.model, loop.optimizer, loop.predictor)])
+    seen = []
+    for _ in range(2):
+        for part, state in zip((loop.model, loop.optimizer, loop.predictor), copy.deepcopy(saved), strict=True):
+            part.load_state_dict(state)
+        loop.data.manual_seed(1)
+        assert chosen_steps(loop.predictor) == [1.0]
+        loop.run(6)
+        seen.append(loop.seen[-6:])
+    assert all(same(first, second) for first, second in zip(*seen, strict=True))
+
+
 def test_a_fixed_number_of_steps_is_not_told_again() -> None:
     loop = Loop(OPTIMIZERS["adamw"]).run(2)
     loop.predictor.measure()
@@ -553,9 +569,13 @@ def test_stepping_on_predicted_weights_is_an_error() -> None:
     loop = Loop(OPTIMIZERS["adamw"]).run(2)
     before = loop.weights()
     loop.model(torch.ones(1, 6)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) on predicted weights"), loop.predictor.predicted():
-        loop.optimizer.step()
-    assert same(loop.weights(), before)
+    for _ in range(3):  # again and again
+        with (
+            pytest.raises(RuntimeError, match=r"optimizer\.step\(\) on predicted weights"),
+            loop.predictor.predicted(),
+        ):
+            loop.optimizer.step()
+        assert same(loop.weights(), before)
 
 
 @pytest.mark.parametrize("micro_batches_before", [0, 1])
@@ -655,6 +675,14 @@ def test_prediction_lost_in_bf16_weights_is_said_once() -> None:
     assert int(found[1]) > 50
     assert not _warnings_of(lambda: Loop(make(1e-5)).run(9))
     assert not _warnings_of(lambda: Loop(make(0.05), dtype=torch.bfloat16).run(9))
+
+
+def test_a_move_of_zero_is_not_lost() -> None:
+    """As at the beginning of a warm-up."""
+    loop = Loop(lambda params: torch.optim.AdamW(params, lr=0.05), dtype=torch.bfloat16)
+    loop.run(1)
+    loop.optimizer.param_groups[0]["lr"] = 0.0
+    assert not _warnings_of(lambda: loop.run(4))
 
 
 def test_share_that_is_lost_in_bf16_is_counted() -> None:
@@ -793,6 +821,42 @@ def test_state_of_other_parameters_is_refused(change: Callable[[Any], Any], mess
     change(state)
     with pytest.raises(ValueError, match=message):
         loop.predictor.load_state_dict(state)
+
+
+def test_state_of_weights_that_need_none_now_is_left_alone() -> None:
+    """Written under the universal rule, read where (some) groups have a closed form."""
+    for settings in ({"momentum": 0.9}, {"momentum": 0.0}):
+
+        def make(params: Any, settings: Any = settings) -> torch.optim.Optimizer:
+            first, *rest = params
+            return torch.optim.SGD([{"params": [first]}, {"params": rest, **settings}], lr=0.1, momentum=0.9)
+
+        written = Loop(make, XGradConfig(rule="last_update")).run(3)
+        state = copy.deepcopy([part.state_dict() for part in (written.model, written.optimizer, written.predictor)])
+        for steps in (1.0, "auto"):
+            read = Loop(make, XGradConfig(steps=steps))
+            for part, of_part in zip((read.model, read.optimizer, read.predictor), copy.deepcopy(state), strict=True):
+                part.load_state_dict(of_part)
+            read.run(1)
+            first, second = written.model[0].weight, written.model[0].bias
+            buffers = [written.optimizer.state[p]["momentum_buffer"] for p in (first, second) if settings["momentum"]]
+            if buffers:
+                torch.testing.assert_close(read.seen[0][1], second - 0.1 * buffers[1])
+            else:
+                before = state[2]["weights"]["1.0"]
+                torch.testing.assert_close(read.seen[0][1], second + (second - before))
+
+
+def test_state_with_a_group_that_was_just_added() -> None:
+    one = Loop(OPTIMIZERS["sgd"]).run(2)
+    extra = nn.Parameter(torch.ones(3))
+    one.optimizer.add_param_group({"params": [extra], "lr": 0.1})
+    state = copy.deepcopy(one.predictor.state_dict())
+    before = one.weights()
+    one.predictor.load_state_dict(state)
+    one.step()
+    assert not same(one.seen[-1], before)
+    assert torch.equal(extra, torch.ones(3))
 
 
 # ---- diagnostics ----

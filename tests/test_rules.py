@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -498,3 +499,31 @@ def test_imports_point_one_way() -> None:
         roots = {m if m.startswith("hf_xgrad") else m.split(".")[0] for m in imported}
         others = roots - sys.stdlib_module_names - modules
         assert not others, f"{name} imports {sorted(others)}"
+
+
+# ---- the package ----
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        # A rule of the user's own stays, whatever is imported after it.
+        """
+from hf_xgrad import register_rule
+import torch
+own = lambda *_: []
+register_rule(torch.optim.NAdam)(own)
+from hf_xgrad import WeightPredictor, XGradTrainer
+from hf_xgrad.rules import closed_form_of
+assert closed_form_of(torch.optim.NAdam).direction is own
+        """,
+        "import hf_xgrad as x; x.optim.AdaM3, x.trainer.XGradTrainer, x.arguments, x.prediction, x.rules",
+        "from hf_xgrad import *; XGradTrainer, XGradConfig, register_rule",
+        "import sys, hf_xgrad; assert 'XGradTrainer' in dir(hf_xgrad) and 'transformers' not in sys.modules",
+    ],
+)
+def test_importing(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -750,10 +750,14 @@ def test_second_train_goes_on_from_the_optimizers_state(tmp_path: Path, rule: An
     assert finite(model)
 
 
-def test_hyperparameter_search_over_steps(tmp_path: Path) -> None:
-    """Each trial predicts its own number of steps ahead: told by the moves, not by a setting."""
+@pytest.mark.parametrize("start", [1, 1.0, "auto"], ids=repr)
+def test_hyperparameter_search_over_steps(tmp_path: Path, start: Any) -> None:
+    """Each trial predicts its own number of steps ahead: told by the moves, not by a setting.
+
+    "auto" is 1 at the first prediction. What the field was before does not matter.
+    """
     ratios: list[float] = []
-    steps = [0.5, 3.0]
+    steps: list[Any] = [0.5, 3.0, "auto"]
 
     def model_init() -> nn.Module:
         model = tiny.bert().double()
@@ -780,7 +784,12 @@ def test_hyperparameter_search_over_steps(tmp_path: Path) -> None:
     trainer = XGradTrainer(
         model_init=model_init,
         args=tiny.arguments(
-            tmp_path, XGradTrainingArguments, max_steps=3, lr_scheduler_type="constant", xgrad_rule="last_update"
+            tmp_path,
+            XGradTrainingArguments,
+            max_steps=3,
+            lr_scheduler_type="constant",
+            xgrad_rule="last_update",
+            xgrad_steps=start,
         ),
         train_dataset=tiny.Sentences(),
         eval_dataset=tiny.Sentences(8, seed=1),
@@ -790,11 +799,11 @@ def test_hyperparameter_search_over_steps(tmp_path: Path) -> None:
     best = trainer.hyperparameter_search(
         hp_space=lambda trial: {"xgrad_steps": trial.suggest_categorical("xgrad_steps", steps)},
         compute_objective=lambda metrics: metrics["eval_loss"],
-        n_trials=2,
+        n_trials=3,
         direction="minimize",
         sampler=optuna.samplers.GridSampler({"xgrad_steps": steps}, seed=0),
     )
-    assert sorted(ratios) == pytest.approx(steps, rel=1e-6)
+    assert sorted(ratios) == pytest.approx([0.5, 1.0, 3.0], rel=1e-6)
     assert best.hyperparameters["xgrad_steps"] in steps
 
 

@@ -257,6 +257,17 @@ def test_refused_by_what_the_optimizer_offers(tmp_path: Path, cls: Any, how: str
     assert WAY_OUT in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"given": (torch.optim.AdamW, {"differentiable": True})}, {"optim": "adam", "optim_args": "differentiable=true"}],
+    ids=str,
+)
+def test_settings_are_refused_before_the_optimizer_is_made(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"differentiable.*{WAY_OUT}"):
+        make(tmp_path, **settings)
+    make(tmp_path, xgrad=False, **settings)
+
+
 NO_CLOSED_FORM = [
     pytest.param({"optim": "adafactor"}, "Adafactor", id="adafactor"),
     pytest.param({"optim": "sgd"}, "momentum", id="sgd"),

@@ -122,6 +122,25 @@ def test_a_step_that_raised_is_forgotten() -> None:
             assert torch.equal(p, w + (w - v))
 
 
+def test_steps_after_one_that_raised_are_seen() -> None:
+    """Without a prediction between them."""
+    params = weights()
+    optimizer = Failing(params, lr=0.1)
+    predictor = WeightPredictor(optimizer, XGradConfig(rule="last_update"))
+    give_gradients(params, 0)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    optimizer.fails = False
+    trajectory = [copies(params)]
+    for t in range(3):
+        give_gradients(params, t)
+        optimizer.step()
+        trajectory.append(copies(params))
+    with predictor.predicted():
+        for p, w, v in zip(params, trajectory[-1], trajectory[-2], strict=True):
+            assert torch.equal(p, w + (w - v))
+
+
 class Hidden(torch.optim.SGD):
     """Steps, through an optimizer inside, weights that its own groups do not have."""
 
@@ -172,6 +191,12 @@ REFUSED: dict[str, tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer], 
     "no hooks": (lambda params: Unhooked(torch.optim.SGD(params, lr=0.1)), "Unhooked .*no step hooks"),
     "gradient release": (lambda params: Releasing(params), "Releasing .*inside backward"),
     "sam": (lambda params: Sam(params, lr=0.1), "Sam .*between two backward passes"),
+    "around one that is refused": (lambda params: Several(Sam(params, lr=0.1)), "Several .*two backward passes"),
+    "around a refused setting": (
+        lambda params: Several(torch.optim.AdamW(params, differentiable=True)),
+        "Several .*differentiable",
+    ),
+    "differentiable": (lambda params: torch.optim.AdamW(params, differentiable=True), "AdamW .*differentiable"),
     "lbfgs": (lambda params: torch.optim.LBFGS(params), "LBFGS .*closure"),
 }
 
@@ -191,7 +216,9 @@ def test_refused_of_pytorch_optimizer(name: str) -> None:
     library = pytest.importorskip("pytorch_optimizer", reason="an optional library")
     from hf_xgrad.prediction import refusal
 
-    assert refusal(getattr(library, name)) is not None
+    found = getattr(library, name)
+    assert refusal(found) is not None
+    assert refusal(type("Derived", (found,), {})) is not None
 
 
 @pytest.mark.parametrize("how", ["positional", "keyword"])
