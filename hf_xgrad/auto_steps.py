@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 _DISCOUNT = 0.5
 # Averages over some 50 steps: s must not follow the noise of single batches, and has to settle in short runs too.
 _SMOOTHING = 0.98
-# Tensors looked at in a group, and weights in each, few enough to cost nothing. Up to this size all tensors count alike,
-# whatever their number of weights: s is that of the common tensor, not that of the largest.
+# Tensors looked at in a group, and weights in each, few enough to cost nothing. Beyond this size all tensors count
+# alike, whatever their number of weights: s is that of the common tensor, not that of the largest.
 _TENSORS = 32
 _ELEMENTS = 512
 _FIRST_STEPS = 1.0  # s until two updates are known
@@ -36,11 +36,11 @@ class AutoSteps:
     best, in the sense of least squares: `<u_t, u_{t-1}> / |u_{t-1}|^2`. In general it is the one that fits the
     discounted sum of all coming updates, `sum_j gamma^j u_{t+j}`, which is the expected move to the weights `K` steps
     ahead for a geometric `K` of mean `1 / (1 - gamma)`. Updates that repeat themselves give the upper bound, updates
-    that turn back and forth give 0. A closed form that is not the last update (that of NAdam, of Lion) still gets the s
-    that suits the last update.
+    that turn back and forth give 0. A closed form that is not the last update (that of NAdam, of Lion) still gets
+    the s that suits the last update.
 
-    Only weights before and after a step are looked at, on a fixed sample of each group, so that it works with
-    every optimizer and rule, costs next to nothing, and is the same on all processes that hold the same weights. A step
+    Only weights before and after a step are looked at, on a fixed sample of each group, so that it works with every
+    optimizer and rule, costs next to nothing, and is the same on all processes that hold the same weights. A step
     that moves nothing, or to infinity or NaN, changes nothing. On an accelerator nothing waits for the device.
 
     Args:

@@ -655,7 +655,7 @@ class WeightPredictor:
         return {name: p for name, (group, p) in self._places().items() if self._form(group) is None}
 
     def _places(self) -> dict[str, tuple[Group, Tensor]]:
-        """Group and parameter by their place in the optimizer, `"<group>.<index>"`, which its own state_dict goes by."""
+        """Groups and parameters by their places in the optimizer, `"<group>.<index>"`, as its state_dict has them."""
         return {
             f"{g}.{i}": (group, p)
             for g, group in enumerate(self.optimizer.param_groups)
