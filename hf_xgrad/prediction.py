@@ -652,7 +652,8 @@ class WeightPredictor:
 
     def _remembered(self) -> dict[str, Tensor]:
         """Parameters under the universal rule, by their places."""
-        return {name: p for name, (group, p) in self._places().items() if self._form(group) is None}
+        universal = {id(group) for group in self._universal_groups()}
+        return {name: p for name, (group, p) in self._places().items() if id(group) in universal}
 
     def _places(self) -> dict[str, tuple[Group, Tensor]]:
         """Groups and parameters by their places in the optimizer, `"<group>.<index>"`, as its state_dict has them."""

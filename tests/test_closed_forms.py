@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -513,12 +514,21 @@ def test_bitsandbytes_classes_of_other_defaults_have_the_same_form() -> None:
     assert closed_form_of(optim.PagedAdEMAMix) == closed_form_of(optim.AdEMAMix) is not None
 
 
-def test_paged_state_comes_to_the_parameters() -> None:
-    """torch takes paged memory for the host's, wherever the weights are."""
-    param, state = torch.empty(3, device="meta"), {"state1": torch.zeros(3)}
-    assert closed_forms._state_beside([param], [state], "state1")[0].device == param.device
-    here = torch.empty(3)
-    assert closed_forms._state_beside([here], [state], "state1")[0] is state["state1"]
+@pytest.mark.parametrize(
+    ("paged", "on_gpu", "obstacle"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_state_that_is_paged_to_the_host_of_a_gpu_is_not_read(paged: bool, on_gpu: bool, obstacle: bool) -> None:
+    """Copying it over for each prediction would wait for the device, parameter by parameter."""
+    manager = SimpleNamespace(pid2config={}, index2config={}, module_weight_config_triple=[])
+    optimizer: Any = SimpleNamespace(
+        args=SimpleNamespace(optim_bits=32, max_unorm=0.0, skip_zeros=False),
+        is_paged=paged,
+        mng=manager,
+        param_groups=[{"params": [SimpleNamespace(is_cuda=on_gpu)]}],
+    )
+    form = closed_form_of(type("AdamW", (), {"__module__": "bitsandbytes.optim.adamw", "__qualname__": "AdamW"}))
+    assert form is not None
+    assert ("memory" in (form.obstacle(optimizer, {}) or "")) is obstacle
 
 
 @pytest.mark.parametrize("name", ["Adadelta", "Adagrad", "ASGD", "Rprop", "Adafactor", "LBFGS", "SparseAdam", "Muon"])

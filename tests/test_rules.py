@@ -516,9 +516,11 @@ register_rule(torch.optim.NAdam)(own)
 from hf_xgrad import WeightPredictor, XGradTrainer
 from hf_xgrad.rules import closed_form_of
 assert closed_form_of(torch.optim.NAdam).direction is own
+from hf_xgrad import *
+XGradTrainingArguments, XGradSeq2SeqTrainer
+import hf_xgrad as x
+x.optim.AdaM3, x.trainer.XGradTrainer, x.arguments, x.prediction, x.rules
         """,
-        "import hf_xgrad as x; x.optim.AdaM3, x.trainer.XGradTrainer, x.arguments, x.prediction, x.rules",
-        "from hf_xgrad import *; XGradTrainer, XGradConfig, register_rule",
         "import sys, hf_xgrad; assert 'XGradTrainer' in dir(hf_xgrad) and 'transformers' not in sys.modules",
     ],
 )

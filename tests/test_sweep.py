@@ -91,6 +91,44 @@ def test_every_point_of_the_grid_is_run_once(
     ]
 
 
+@pytest.mark.parametrize("fixed", [("0", "1"), ()], ids=["beside fixed", "alone"])
+def test_auto_is_one_of_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fixed: tuple[str, ...]
+) -> None:
+    """With a line of its own in the table, across the plot, and in the folder's name."""
+    losses = {"0.0": 3.0, "1.0": 2.5, "auto": 2.25}
+
+    def main(arguments: Sequence[str]) -> int:
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        folder = Path(given["--output_dir"])
+        folder.mkdir()
+        (folder / "eval_results.json").write_text(json.dumps({"eval_loss": losses[given["--xgrad_steps"]]}))
+        return 0
+
+    monkeypatch.setattr(run_clm, "main", main)
+    out = tmp_path / "out"
+    assert run(out, "--learning_rates", "0.01", "--xgrad_steps", *fixed, "auto", "--seeds", "1") == 0
+    assert found(out)[0.01, "auto", 1] == 2.25
+    assert (out / "lr=0.01,s=auto,seed=1").is_dir()
+    size_of(out / "sweep.png")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("0.01")]
+    compared = ["-0.7500", "1", "of", "1", "seeds"] if fixed else ["-", "-"]
+    assert rows[-1] == ["0.01", "auto", "2.2500", "2.2500", "2.2500", *compared]
+
+
+@pytest.mark.parametrize("steps", ["many", "-1", "nan", "AUTO"])
+def test_wrong_steps_are_named_before_anything_runs(
+    tmp_path: Path, script: StandIn, capsys: pytest.CaptureFixture[str], steps: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "out", "--learning_rates", "0.01", f"--xgrad_steps={steps}", "--seeds", "1")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "xgrad_steps=" in error
+    assert "'auto'" in error
+    assert not script.asked
+
+
 def test_the_table_compares_seed_by_seed() -> None:
     values = {
         Point(0.1, 0.0, 1): 5.0,

@@ -218,7 +218,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
     "betas": (("--adam_beta1", "1.5"), "--optim adamw_torch_fused: Invalid beta"),
     "epsilon": (("--adam_epsilon", "-1"), "--optim adamw_torch_fused: Invalid epsilon"),
     "schedule": (("--lr_scheduler_type", "cosine_with_min_lr"), "--lr_scheduler_type cosine_with_min_lr: "),
-    "closed form": (("--xgrad_rule", "closed_form", "--optim", "nadam"), "--optim nadam: "),
+    "closed form": (("--xgrad_rule", "closed_form", "--optim", "adagrad"), "--optim adagrad: "),
     "precision": (("--fp16",), "--fp16 does nothing on a CPU: give --bf16"),
 }
 
