@@ -71,15 +71,11 @@ def refusal(optimizer: Optimizer | Callable[..., Any]) -> str | None:
     optimizer_class = optimizer if isinstance(optimizer, type) else type(optimizer)
     if _needs_closure(optimizer_class):
         return CLOSURE
-    for base in optimizer_class.__mro__:
-        reason = _REFUSED_CLASSES.get(f"{base.__module__}.{base.__qualname__}", "")
-        if reason:
-            return reason
-    if not isinstance(optimizer, Optimizer):
-        return None
-    reasons = [refused_setting(group) for group in getattr(optimizer, "param_groups", ())]
-    # What is wrong with the optimizer inside is not mended by one around it.
-    reasons += [refusal(inner) for inner in _inner_optimizers(optimizer)]
+    reasons = [_REFUSED_CLASSES.get(f"{base.__module__}.{base.__qualname__}") for base in optimizer_class.__mro__]
+    if isinstance(optimizer, Optimizer):
+        reasons += [refused_setting(group) for group in getattr(optimizer, "param_groups", ())]
+        # What is wrong with the optimizer inside is not mended by one around it.
+        reasons += [refusal(inner) for inner in _inner_optimizers(optimizer)]
     return next(filter(None, reasons), None)
 
 

@@ -302,15 +302,10 @@ def _check_closed_form(optimizer_class: Any, kwargs: dict[str, Any], config: XGr
     if closed_form_of(optimizer_class) is None:
         # Not made even for a trial: who knows what it wants.
         raise no_closed_form(f"{optimizer_class.__name__} has none")
-    # Some come with groups of their own, whose settings (but for the weights) are those to try.
-    groups = [{**group, "params": [nn.Parameter(torch.zeros(1, 1))]} for group in _given_groups(kwargs)]
-    settings = {name: value for name, value in kwargs.items() if name != "params"}
+    # Transformers puts groups among the settings of some (GaLore, APOLLO): tried are theirs, but for the weights.
+    settings = {"params": [{}], **kwargs}
+    groups = [{**group, "params": [nn.Parameter(torch.zeros(1, 1))]} for group in settings.pop("params")]
     check_optimizer(optimizer_class(groups, **settings), config)
-
-
-def _given_groups(kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The groups that Transformers puts among the settings of some optimizers (GaLore, APOLLO), or one without any."""
-    return kwargs.get("params") or [{}]
 
 
 def _extra_optimizer(args: TrainingArguments) -> tuple[type, dict[str, Any]]:

@@ -464,13 +464,11 @@ def name_of(cls: Any) -> str:
 # Errors of plain optimizers, by a part of their text, and what they come to.
 EXPLANATIONS = {
     "capturable=True": "capturable needs a GPU",
-    "leaf Variable": "torch cannot step leaf parameters with differentiable=True",
     "torch_xla": "needs torch_xla",
     "torch_npu": "needs torch_npu",
     "torchdistx": "needs torchdistx",
     "einops": "needs einops",
     "CUDA": "needs CUDA",
-    "SafeFP16Optimizer": "it shows neither param_groups nor state, so that no schedule works with it",
 }
 
 

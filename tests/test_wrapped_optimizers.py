@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from every_optimizer import Several
 from hf_xgrad import WeightPredictor, XGradConfig
 
 
@@ -45,18 +46,6 @@ def assert_follows_its_last_update(
         optimizer.step()
         trajectory.append(copies(params))
         assert not any(torch.equal(a, b) for a, b in zip(*trajectory[-2:], strict=True))
-
-
-class Several(torch.optim.Optimizer):
-    """Several optimizers in one, which share its groups."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
-        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
-        self.optimizers = list(optimizers)
-
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        for optimizer in self.optimizers:
-            optimizer.step()
 
 
 class Decaying(torch.optim.SGD):
