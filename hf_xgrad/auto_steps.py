@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from hf_xgrad.rules import Group
+from hf_xgrad.sharding import local_part, sum_over_processes
 
 # How far the prediction aims: at the weights K steps ahead, K geometric with mean 1 / (1 - gamma), here two steps. One
 # step (gamma = 0) keeps s below 1 and leaves a gain lying; five (gamma = 0.8) make s = 3 of Adam's momentum, which is
@@ -43,29 +45,40 @@ class AutoSteps:
     optimizer and rule, costs next to nothing, and is the same on all processes that hold the same weights. A step
     that moves nothing, or to infinity or NaN, changes nothing. On an accelerator nothing waits for the device.
 
+    Where weights are sharded, each process samples the parts that it holds, and the products are summed over all
+    processes (two numbers per group and step), so that all have the same `s`.
+
     Args:
-        optimizer: the optimizer whose steps are realised; groups may be added to it, and weights frozen, at any time.
+        groups: gives the groups of the optimizer whose steps are realised; groups may be added to it, and weights
+            frozen, at any time.
+        sharded: whether other processes hold other parts of the weights. Every process then has to take every step.
 
     Source: the trace is that of TD(lambda), Sutton, "Learning to predict by the methods of temporal differences",
     Machine Learning 3, 1988, which sums a discounted future backwards.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(self, groups: Callable[[], Sequence[Group]], *, sharded: bool = False) -> None:
+        self._groups_now = groups
+        self._sharded = sharded
         self._groups: list[_GroupEstimate] = []
 
     @torch.no_grad()
     def before_step(self) -> None:
         """To be called right before the optimizer steps, on the true weights."""
         self._follow_groups()
-        for estimate, group in zip(self._groups, self._optimizer.param_groups, strict=True):
+        for estimate, group in zip(self._groups, self._groups_now(), strict=True):
             estimate.before_step(group.get("lr"))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """To be called right after the optimizer has stepped."""
-        for estimate in self._groups:
-            estimate.after_step()
+        updates = [estimate.update() for estimate in self._groups]
+        products = [estimate.products(update) for estimate, update in zip(self._groups, updates, strict=True)]
+        if self._sharded and products:
+            on = products[0].device
+            products = list(sum_over_processes(torch.stack([p.to(on) for p in products])))
+        for estimate, update, sums in zip(self._groups, updates, products, strict=True):
+            estimate.take(update, sums)
 
     def steps(self, group_index: int) -> float | Tensor:
         """`s` for the coming prediction of a group: a number on the CPU, else a tensor without dimensions."""
@@ -76,7 +89,7 @@ class AutoSteps:
 
     def values(self) -> list[float]:
         """`s` of each group, for a log; waits for the device."""
-        return [float(self.steps(i)) for i in range(len(self._optimizer.param_groups))]
+        return [float(self.steps(i)) for i in range(len(self._groups_now()))]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs, on the CPU: `"<group>.trace"` and `"<group>.sums"`.
@@ -97,7 +110,7 @@ class AutoSteps:
         if not state:
             self._groups = []
             return
-        groups = [_GroupEstimate(group["params"]) for group in self._optimizer.param_groups]
+        groups = [_GroupEstimate(group["params"]) for group in self._groups_now()]
         needed = dict(_named(groups))
         unknown = sorted(set(state) - set(needed))
         if unknown:
@@ -118,7 +131,7 @@ class AutoSteps:
 
     def _follow_groups(self) -> None:
         """Sees to one estimate for each group as it is now; one whose parameters are others starts anew."""
-        groups = self._optimizer.param_groups
+        groups = self._groups_now()
         known = self._groups
         self._groups = [
             known[i] if i < len(known) and known[i].is_of(group["params"]) else _GroupEstimate(group["params"])
@@ -151,13 +164,21 @@ class _GroupEstimate:
             # An optimizer without a learning rate sets the size of its steps itself.
             self._lr = 1.0 if lr is None else lr
 
-    def after_step(self) -> None:
+    def update(self) -> Tensor:
+        """`u_t`, right after the step."""
         before, self._before = self._before, None
         if before is None:
-            return
-        trace, sums = self.trace.to(before.device), self.sums.to(before.device)
-        update = ((self._sample.read() - before) / self._lr).float()
-        product, square = (update * trace).sum(), update.square().sum()
+            return torch.zeros_like(self.trace)  # changes nothing
+        return ((self._sample.read() - before) / self._lr).float()
+
+    def products(self, update: Tensor) -> Tensor:
+        """`<u_t, e_t>` and `|u_t|^2`."""
+        return torch.stack([(update * self.trace.to(update.device)).sum(), update.square().sum()])
+
+    def take(self, update: Tensor, products: Tensor) -> None:
+        """Takes a step into account: `u_t`, and its products (over all processes)."""
+        trace, sums = self.trace.to(update.device), self.sums.to(update.device)
+        product, square = products.to(update.device).unbind()
         averages = torch.lerp(torch.stack([product, sums[2]]), sums[:2], _SMOOTHING)
         new_sums = torch.cat([averages, square.reshape(1)])
         # Decided on the device, as a Python `if` would wait for it. A learning rate of 0 gives 0 / 0.
@@ -174,19 +195,19 @@ class _Sample:
     """Some weights of a list of parameters, the same ones whenever and wherever it is made."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        usable = [p for p in params if p.numel() > 0 and (p.is_floating_point() or p.is_complex()) and _is_dense(p)]
+        usable = [p for p in params if _is_usable(local_part(p))]
         self._params = [usable[i] for i in _spread(len(usable), _TENSORS)]
+        self._device = local_part(params[0]).device if params else None
         self._views: list[Tensor] = []
 
     def read(self) -> Tensor:
         """A copy of them, in no less than single precision."""
         if not self._params:
-            return torch.zeros(0)
+            return torch.zeros(0, device=self._device)
         # Weights that were given other memory (moved to a device, or converted) need other views.
-        if not self._views or any(
-            p.data_ptr() != v.data_ptr() for p, v in zip(self._params, self._views, strict=True)
-        ):
-            self._views = [_strided(p.detach()) for p in self._params]
+        params = [local_part(p) for p in self._params]
+        if not self._views or any(p.data_ptr() != v.data_ptr() for p, v in zip(params, self._views, strict=True)):
+            self._views = [_strided(p.detach()) for p in params]
         device = self._views[0].device
         copy = torch.cat([v if v.device == device else v.to(device) for v in self._views])
         return copy.to(torch.promote_types(copy.dtype, torch.float32))
@@ -198,8 +219,10 @@ def _named(groups: Sequence[_GroupEstimate]) -> Iterator[tuple[str, Tensor]]:
         yield f"{i}.sums", group.sums
 
 
-def _is_dense(p: Tensor) -> bool:
-    """Whether its elements fill one stretch of memory, in whatever order."""
+def _is_usable(p: Tensor) -> bool:
+    """Whether there are numbers in it, which fill one stretch of memory, in whatever order."""
+    if p.numel() == 0 or not (p.is_floating_point() or p.is_complex()):
+        return False
     return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) == p.numel()
 
 

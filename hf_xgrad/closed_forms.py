@@ -454,7 +454,7 @@ def bitsandbytes_lion_direction(params: Sequence[Tensor], states: Sequence[State
 # ---- GaLore ----
 
 
-@register_rule("galore_torch.adamw.AdamW", decay=decoupled_decay)
+@register_rule("galore_torch.adamw.AdamW", decay=decoupled_decay, elementwise=False)
 def galore_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
     """AdamW of galore-torch, exact: Adam's direction in the subspace, carried back to the weights' space.
 

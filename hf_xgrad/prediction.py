@@ -6,19 +6,29 @@ import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from itertools import chain, repeat
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import hf_xgrad.closed_forms  # noqa: F401, registers them
 from hf_xgrad.auto_steps import AutoSteps
 from hf_xgrad.rules import ClosedForm, Delta, Group, State, closed_form_of, last_update, last_update_scale
+from hf_xgrad.sharding import (
+    GatheredWeights,
+    copies,
+    is_sharded,
+    local_part,
+    local_state,
+    process_of_group,
+    sum_over_processes,
+)
 
 if TYPE_CHECKING:
     from hf_xgrad.arguments import XGradConfig
@@ -123,11 +133,6 @@ def check_optimizer(optimizer: Optimizer, config: XGradConfig) -> None:
         raise refused(type(optimizer).__name__, reason)
     for group in optimizer.param_groups:
         form_of_group(optimizer, group, config.rule)
-        if any(hasattr(p, "to_local") for p in group["params"]):
-            raise ValueError(
-                "XGrad: sharded parameters (DTensor) are not supported yet. Train with DDP or on one device, or "
-                "switch XGrad off (xgrad=False)."
-            )
 
 
 def _unreachable(optimizer: Optimizer) -> str | None:
@@ -165,6 +170,8 @@ def form_of_group(optimizer: Optimizer, group: Group, rule: str) -> ClosedForm |
         obstacle: str | None = f"{type(optimizer).__name__} has none"
     elif any(p.is_complex() for p in group["params"]):
         obstacle = "complex parameters have none"
+    elif not form.elementwise and any(is_sharded(p) for p in group["params"]):
+        obstacle = f"that of {type(optimizer).__name__} needs whole weights, and these are sharded"
     else:
         obstacle = form.obstacle(optimizer, group)
     if obstacle is None:
@@ -195,13 +202,14 @@ class _Holds(Enum):
 class _Chunk(NamedTuple):
     """Parameters of one group, on one device and of one dtype, that one sequence of kernels serves."""
 
-    params: list[Tensor]
+    params: list[Tensor]  # of sharded ones the local parts
     backups: list[Tensor]
     states: list[State]
     group: Group
     form: ClosedForm | None
     scale: float | Tensor  # of the delta that its rule gives
     decay: float | Tensor | None  # share of the weights to add to that
+    copies: int  # how many processes hold these parameters
 
 
 class WeightPredictor:
@@ -218,11 +226,13 @@ class WeightPredictor:
     Args:
         optimizer: the optimizer `w` is stepped by: any `torch.optim.Optimizer`, bare or prepared by Accelerate.
         config: `s` is `config.steps`, the rule `config.rule`.
+        model: the model as prepared; needed where its parameters are sharded (FSDP, tensor parallelism), as whole
+            weights that FSDP has gathered have to be dropped then. Each process predicts the part that it holds.
 
     Raises:
         TypeError: `optimizer` is not a `torch.optim.Optimizer`.
-        ValueError: an optimizer for which no prediction can be right, sharded parameters, or `rule="closed_form"`
-            where there is none.
+        ValueError: an optimizer for which no prediction can be right, `rule="closed_form"` where there is none, or
+            sharded parameters without `model`.
 
     Example:
         >>> import torch
@@ -240,7 +250,7 @@ class WeightPredictor:
     Source: Guan et al., "XGrad: Boosting Gradient-Based Optimizers With Weight Prediction", arXiv 2305.18240.
     """
 
-    def __init__(self, optimizer: Optimizer, config: XGradConfig) -> None:
+    def __init__(self, optimizer: Optimizer, config: XGradConfig, model: nn.Module | None = None) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"WeightPredictor: `optimizer` must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
@@ -252,6 +262,7 @@ class WeightPredictor:
         self._step: FrameType | None = None  # the step that is being realised, or that raised
         self._backups: dict[Tensor, Tensor] = {}
         self._moved: list[_Chunk] = []  # chunks that hold predicted weights right now
+        self._copied = False  # whether others (autocast, FSDP) may hold copies of predicted weights
         self._window: list[_Chunk] = []  # chunks that were predicted since the last realised step
         self._holds = _Holds.NOTHING
         self._previous_lrs: list[Any] = []
@@ -263,11 +274,21 @@ class WeightPredictor:
         self._moves: list[list[Tensor]] = []
         self._steps_used: list[float] = []
         self._measured: list[Tensor] | None = None
+        self._ignores_steps = False
+        self._sharded = False
+        self._gathered = GatheredWeights(None)
         if not self._active:
             return
         check_optimizer(self.optimizer, config)
+        self._sharded = any(is_sharded(p) for group in self._groups() for p in group["params"])
+        if self._sharded and model is None:
+            raise ValueError(
+                "WeightPredictor: the parameters are sharded; give it the prepared model too: "
+                "WeightPredictor(optimizer, config, model)"
+            )
+        self._gathered = GatheredWeights(model)
         if isinstance(config.steps, str):
-            self._auto_steps = AutoSteps(self.optimizer)
+            self._auto_steps = AutoSteps(self._groups, sharded=self._sharded)
         else:
             self._fixed_steps = config.steps
         self._warn_of_rounding()
@@ -293,7 +314,7 @@ class WeightPredictor:
 
         def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             predictor = reference()
-            if predictor is None:
+            if predictor is None or predictor._ignores_steps:
                 return
             if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
                 raise RuntimeError(
@@ -357,6 +378,8 @@ class WeightPredictor:
         # Until the window is complete the universal rule's memory is neither the one thing nor the other: should an
         # interrupt end this half way, nothing is predicted from it.
         held, self._holds = self._holds, _Holds.NOTHING
+        self._gathered.drop()
+        self._copied = True
         lost = _LostShare() if self._checks_precision() else None
         self._window = []
         for chunk in self._chunks(universal=held is not _Holds.NOTHING):
@@ -384,13 +407,15 @@ class WeightPredictor:
         if lost is not None:
             self._warn_if_lost(lost)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Brings the true weights back, bit for bit; does nothing where they are already there."""
+        self._restore(failed=False)
+
+    @torch.no_grad()
+    def _restore(self, *, failed: bool) -> None:
+        """`restore`, told whether forward or backward `failed`; without communication, as others may not follow."""
         held, self._holds = self._holds, _Holds.NOTHING
         complete = held is not _Holds.NOTHING
-        if self._moved:
-            torch.clear_autocast_cache()
         while self._moved:
             chunk = self._moved[-1]
             keeps_prediction = chunk.form is None and complete
@@ -402,6 +427,10 @@ class WeightPredictor:
             if predicted is not None:
                 torch._foreach_copy_(chunk.backups, predicted)
                 held = _Holds.PREDICTED
+        if self._copied:
+            torch.clear_autocast_cache()
+            self._gathered.drop(failed=failed)
+            self._copied = False
         self._inside = False
         self._holds = held
 
@@ -409,7 +438,7 @@ class WeightPredictor:
         """Parameters that a prediction can be made for, with their backups, a chunk at a time."""
         # A group that was added since the last step has no learning rate of it: nothing to repeat.
         previous_lrs = chain(self._previous_lrs, repeat(0.0))
-        for g, (group, previous_lr) in enumerate(zip(self.optimizer.param_groups, previous_lrs, strict=False)):
+        for g, (group, previous_lr) in enumerate(zip(self._groups(), previous_lrs, strict=False)):
             form = self._form(group)
             steps = self._steps(g)
             if form is None:
@@ -418,17 +447,23 @@ class WeightPredictor:
                     continue
             else:
                 scale = -steps * _scalar(group["lr"])
-            by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            by_kind: dict[tuple[torch.device, torch.dtype, int], list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
-                if self._is_under_way(p, form):
-                    by_kind.setdefault((p.device, p.dtype), []).append(p)
+                local = local_part(p)
+                if local.numel() > 0 and self._is_under_way(p, form):
+                    kind = (local.device, local.dtype, copies(p) if self._sharded else 1)
+                    by_kind.setdefault(kind, []).append((p, local))
             decay = self._decay(group, form, steps)
-            for (device, _), params in by_kind.items():
+            for (device, _, held), params in by_kind.items():
                 scale_here, decay_here = _on(scale, device), _on(decay, device)
                 for part in _split(params):
-                    states = [self.optimizer.state[p] for p in part] if form is not None else []
-                    backups = [self._backup(p) for p in part]
-                    yield _Chunk(part, backups, states, group, form, scale_here, decay_here)
+                    states = [local_state(self.optimizer.state[p]) for p, _ in part] if form is not None else []
+                    backups = [self._backup(p) for p, _ in part]
+                    yield _Chunk([w for _, w in part], backups, states, group, form, scale_here, decay_here, held)
+
+    def _groups(self) -> Sequence[Group]:
+        """The optimizer's groups, with the parameters that it steps."""
+        return self.optimizer.param_groups
 
     def _steps(self, group_index: int) -> float | Tensor:
         """`s` of the coming prediction."""
@@ -458,12 +493,12 @@ class WeightPredictor:
         return form_of_group(self.optimizer, group, self.config.rule)
 
     def _universal_groups(self) -> list[Group]:
-        return [group for group in self.optimizer.param_groups if self._form(group) is None]
+        return [group for group in self._groups() if self._form(group) is None]
 
     def _backup(self, p: Tensor) -> Tensor:
         backup = self._backups.get(p)
         if backup is None:
-            backup = self._backups[p] = torch.empty_like(p, requires_grad=False)
+            backup = self._backups[p] = torch.empty_like(local_part(p), requires_grad=False)
         return backup
 
     # ---- realised steps ----
@@ -485,21 +520,35 @@ class WeightPredictor:
             # Not a weight that was never trained; but one frozen since stands still, and its backup must say so.
             params = [p for p in group["params"] if p.requires_grad or p in self._backups]
             if params:
-                torch._foreach_copy_([self._backup(p) for p in params], params)
-        self._previous_lrs = [_value(group.get("lr")) for group in self.optimizer.param_groups] if groups else []
+                torch._foreach_copy_([self._backup(p) for p in params], [local_part(p) for p in params])
+        self._previous_lrs = [_value(group.get("lr")) for group in self._groups()] if groups else []
 
     @torch.no_grad()
     def _after_step(self) -> None:
         if self._measuring:
-            self._measured = [
-                _compare(moves, list(torch._foreach_sub(chunk.params, chunk.backups)), chunk.backups)
+            measured = [
+                _compare(moves, list(torch._foreach_sub(chunk.params, chunk.backups)), chunk.backups) / chunk.copies
                 for moves, chunk in zip(self._moves, self._window, strict=True)
             ]
+            if self._sharded:
+                device = local_part(next(p for group in self._groups() for p in group["params"])).device
+                none = torch.zeros(4, device=device)
+                measured = [sum_over_processes(sum((m.to(device) for m in measured), none))]
+            self._measured = measured
             self._moves, self._measuring = [], False
         if self._auto_steps is not None:
             self._auto_steps.after_step()
         self._window = []
         self._holds = _Holds.PREVIOUS if self._previous_lrs else _Holds.NOTHING
+
+    @contextmanager
+    def ignoring_steps(self) -> Iterator[None]:
+        """Steps in here count as none: saving the state of an optimizer under FSDP2 may step, with lr = 0."""
+        self._ignores_steps = True
+        try:
+            yield
+        finally:
+            self._ignores_steps = False
 
     # ---- diagnostics ----
 
@@ -554,12 +603,15 @@ class WeightPredictor:
 
     # ---- checkpoints ----
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the optimizer's state; empty where that is all (closed forms, a fixed s).
 
         Returns:
             of the universal rule `{"holds": "previous" | "predicted", "lrs": [lr_{t-1} per group],
-            "weights": {"<group>.<index>": tensor}}`, and with `steps="auto"` also `{"steps": {name: tensor}}`
+            "weights": {"<group>.<index>": tensor}}`, and with `steps="auto"` also `{"steps": {name: tensor}}`. Of
+            sharded weights the local parts, and `{"process": [rank, number of processes]}`: each process saves and
+            loads its own.
 
         Raises:
             RuntimeError: inside a prediction.
@@ -570,30 +622,39 @@ class WeightPredictor:
         if self._holds is not _Holds.NOTHING:
             state["holds"] = self._holds.value
             # A group that was added since the last step has none of it.
-            lrs = [*self._previous_lrs, *[0.0] * (len(self.optimizer.param_groups) - len(self._previous_lrs))]
+            lrs = [*self._previous_lrs, *[0.0] * (len(self._groups()) - len(self._previous_lrs))]
             state["lrs"] = [float(lr) if isinstance(lr, Tensor) else lr for lr in lrs]
             # A weight that was never stepped stood still: it is its own last value.
             state["weights"] = {
-                name: self._backups.get(p, p.detach())
+                name: self._backups[p] if p in self._backups else local_part(p).detach()
                 for name, p in self._remembered().items()
                 if p.requires_grad or p in self._backups
             }
         steps = self._auto_steps.state_dict() if self._auto_steps is not None else {}
         if steps:
             state["steps"] = steps
+        if state and self._sharded:
+            state["process"] = self.process
         return state
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` gave; what is not in it starts anew.
 
         Raises:
-            ValueError: the state belongs to other parameters, or is incomplete.
+            ValueError: the state belongs to other parameters or to another process, or is incomplete.
         """
         if self._moved:
             raise RuntimeError("WeightPredictor: load_state_dict() inside a prediction; leave predicted() first")
         self._holds = _Holds.NOTHING
         if not self._active:
             return
+        if state_dict and state_dict.get("process") != self.process:
+            raise ValueError(
+                f"WeightPredictor: state_dict is that of {_process(state_dict.get('process'))}, and is needed by "
+                f"{_process(self.process)}: of sharded weights each process has to save and load its own"
+            )
+        self._gathered.drop()
         if self._auto_steps is not None:
             self._auto_steps.load_state_dict(state_dict.get("steps", {}))
         missing = _UNIVERSAL_STATE - set(state_dict)
@@ -605,10 +666,9 @@ class WeightPredictor:
         lrs, weights, remembered = state_dict["lrs"], state_dict["weights"], self._remembered()
         if not isinstance(lrs, list) or not all(lr is None or isinstance(lr, (int, float)) for lr in lrs):
             raise ValueError(f"WeightPredictor: state_dict has no learning rates in `lrs`, but {lrs!r}")
-        if len(lrs) != len(self.optimizer.param_groups):
+        if len(lrs) != len(self._groups()):
             raise ValueError(
-                f"WeightPredictor: state_dict has {len(lrs)} parameter groups, the optimizer "
-                f"{len(self.optimizer.param_groups)}"
+                f"WeightPredictor: state_dict has {len(lrs)} parameter groups, the optimizer {len(self._groups())}"
             )
         unknown = sorted(set(weights) - set(self._places()))
         if unknown:
@@ -621,10 +681,11 @@ class WeightPredictor:
         if lacking:
             raise ValueError(f"WeightPredictor: state_dict lacks the weights {lacking[:3]}")
         for name, tensor in weights.items():
-            if tensor.shape != remembered[name].shape:
+            shape = local_part(remembered[name]).shape
+            if tensor.shape != shape:
                 raise ValueError(
                     f"WeightPredictor: weight {name} of state_dict has shape {tuple(tensor.shape)}, the parameter "
-                    f"{tuple(remembered[name].shape)}"
+                    f"{tuple(shape)}"
                 )
         for name, tensor in weights.items():
             self._backup(remembered[name]).copy_(tensor)
@@ -632,9 +693,14 @@ class WeightPredictor:
             torch.as_tensor(lr, dtype=group["lr"].dtype, device=group["lr"].device)
             if isinstance(group.get("lr"), Tensor)
             else lr
-            for lr, group in zip(lrs, self.optimizer.param_groups, strict=True)
+            for lr, group in zip(lrs, self._groups(), strict=True)
         ]
         self._holds = holds
+
+    @property
+    def process(self) -> list[int] | None:
+        """`[rank, number of processes]` that `state_dict` belongs to; None where it is the same on all."""
+        return list(process_of_group()) if self._sharded else None
 
     @property
     def remembers(self) -> set[str]:
@@ -654,9 +720,7 @@ class WeightPredictor:
     def _places(self) -> dict[str, tuple[Group, Tensor]]:
         """Groups and parameters by their places in the optimizer, `"<group>.<index>"`, as its state_dict has them."""
         return {
-            f"{g}.{i}": (group, p)
-            for g, group in enumerate(self.optimizer.param_groups)
-            for i, p in enumerate(group["params"])
+            f"{g}.{i}": (group, p) for g, group in enumerate(self._groups()) for i, p in enumerate(group["params"])
         }
 
 
@@ -676,17 +740,18 @@ class _Predicted:
             self._predictor.predict()
         except BaseException:
             if not nested:
-                self._predictor.restore()
+                self._predictor._restore(failed=True)
             raise
         return self._predictor
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        failed = error is not None
         try:
-            self._predictor.restore()
+            self._predictor._restore(failed=failed)
         finally:
-            self._predictor.restore()  # only has work to do where an interrupt ended the first
+            self._predictor._restore(failed=failed)  # only has work to do where an interrupt ended the first
 
 
 class _LostShare:
@@ -729,18 +794,22 @@ def _compare(moves: list[Tensor], updates: list[Tensor], weights: list[Tensor]) 
     return torch.stack([total(moves, updates), total(moves, moves), total(updates, updates), total(weights, weights)])
 
 
-def _split(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cuts a list where `_CHUNK_ELEMENTS` would be passed; a larger tensor stands alone."""
-    part: list[Tensor] = []
+def _split(params: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Cuts a list of (parameter, local part) where `_CHUNK_ELEMENTS` would be passed; a larger one stands alone."""
+    part: list[tuple[Tensor, Tensor]] = []
     elements = 0
-    for p in params:
-        if part and elements + p.numel() > _CHUNK_ELEMENTS:
+    for p, local in params:
+        if part and elements + local.numel() > _CHUNK_ELEMENTS:
             yield part
             part, elements = [], 0
-        part.append(p)
-        elements += p.numel()
+        part.append((p, local))
+        elements += local.numel()
     if part:
         yield part
+
+
+def _process(process: list[int] | None) -> str:
+    return "whole weights" if process is None else f"process {process[0]} of {process[1]}"
 
 
 def _is_low_precision(p: Tensor) -> bool:

@@ -85,12 +85,14 @@ class ClosedForm(NamedTuple):
         decay: `group -> share` of the weights that decoupled weight decay removes in the coming step, or None.
         unless: `group -> reason` why this group's state does not determine its direction, or None where it does.
         unless_optimizer: the same of a whole optimizer, for settings that are not in its groups.
+        elementwise: whether `delta` of a part of the weights follows from the state of that part.
     """
 
     direction: Direction
     decay: Callable[[Group], float | Tensor] | None = None
     unless: Callable[[Group], str | None] | None = None
     unless_optimizer: Callable[[Optimizer], str | None] | None = None
+    elementwise: bool = True
 
     def obstacle(self, optimizer: Optimizer, group: Group) -> str | None:
         """Why the closed form does not hold for `group` of `optimizer`; None where it does."""
@@ -116,6 +118,7 @@ def register_rule(
     decay: Callable[[Group], float | Tensor] | None = None,
     unless: Callable[[Group], str | None] | None = None,
     unless_optimizer: Callable[[Optimizer], str | None] | None = None,
+    elementwise: bool = True,
 ) -> Callable[[DirectionT], DirectionT]:
     """Decorator that gives an optimizer class its closed form.
 
@@ -133,6 +136,9 @@ def register_rule(
         unless: `group -> reason`, a short text where the form does not hold for the settings of a group, else None.
             Such a group follows the last update instead (or is refused with `rule="closed_form"`).
         unless_optimizer: `optimizer -> reason`, the same where the setting is not in the groups.
+        elementwise: whether each element of `delta` follows from the same element of the state. If so, sharded weights
+            (FSDP, tensor parallelism) are predicted by the form too, the function being given the local part of each
+            parameter and state; else they follow the last update.
 
     The function takes `(params, states, group)`: the parameters of one group on one device and of one dtype, the
     optimizer's state of each (never empty), and the group's settings. It returns one tensor per parameter, of the
@@ -176,7 +182,7 @@ def register_rule(
         )
 
     def register(direction: DirectionT) -> DirectionT:
-        _CLOSED_FORMS[optimizer_class] = ClosedForm(direction, decay, unless, unless_optimizer)
+        _CLOSED_FORMS[optimizer_class] = ClosedForm(direction, decay, unless, unless_optimizer, elementwise)
         return direction
 
     return register

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 import json
 import math
 import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import OPTIMIZER_NAME, DistributedType
+from accelerate.utils.dataclasses import FP8BackendType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -47,6 +51,12 @@ _EXTRAPOLATED = "it already trains at an extrapolated point"
 # The eps of these stands among squared gradients: `adam_epsilon` counts only where it is not its default of 1e-8.
 _SMALL_EPSILON = {"adabelief": 1e-16, "adam3": 1e-16}
 _DEFAULT_EPSILON = TrainingArguments.__dataclass_fields__["adam_epsilon"].default
+
+_REFUSED_ENGINES = {
+    DistributedType.MEGATRON_LM: "it has a training loop of its own, which runs the optimizer's step together with "
+    "forward and backward",
+    DistributedType.XLA: "it was never tried there",
+}
 
 # Values of `optim` that are refused, with the reason.
 _REFUSED_OPTIMIZERS = {
@@ -158,8 +168,15 @@ class XGradMixin(_Trainer):
         if not config.active or optimizer is None:
             return None
         if self._predictor is None:
-            self._predictor = WeightPredictor(optimizer, config)
+            self._predictor = self._make_predictor(optimizer, config)
         return self._predictor
+
+    def _make_predictor(self, optimizer: torch.optim.Optimizer, config: XGradConfig) -> WeightPredictor:
+        if self.is_deepspeed_enabled:
+            from hf_xgrad.deepspeed import ZeroPredictor
+
+            return ZeroPredictor(self.model_wrapped, config)
+        return WeightPredictor(optimizer, config, self.model_wrapped)
 
     def _next_step_is_logged(self) -> bool:
         """Whether the step under way will be followed by a log, as DefaultFlowCallback decides it."""
@@ -179,30 +196,38 @@ class XGradMixin(_Trainer):
     # ---- checkpoints ----
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if not self.args.should_save:
-            return
-        path = os.path.join(output_dir, XGRAD_STATE_NAME)
-        state = self._predictor.state_dict() if self._predictor is not None else {}
-        if state:
+        predictor = self._predictor
+        with predictor.ignoring_steps() if predictor is not None else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
+        state = predictor.state_dict() if predictor is not None else {}
+        process = state.get("process")
+        if self.args.should_save:
+            # Of an earlier run into this folder: they do not belong to the weights beside them.
+            own = {_state_name((rank, process[1])) for rank in range(process[1])} if process else set()
+            for name in set(_state_names(output_dir)) - own:
+                os.remove(os.path.join(output_dir, name))
+        if state and (process or self.args.should_save):
+            os.makedirs(output_dir, exist_ok=True)
             tensors = {name: weight.contiguous() for name, weight in state.get("weights", {}).items()}
             tensors |= {f"{_STEPS_PREFIX}{name}": tensor for name, tensor in state.get("steps", {}).items()}
             metadata = {"holds": state["holds"], "lrs": json.dumps(state["lrs"])} if "holds" in state else None
-            save_file(tensors, path, metadata)
-        elif os.path.isfile(path):
-            # Of an earlier run into this folder: it does not belong to the weights beside it.
-            os.remove(path)
+            save_file(tensors, os.path.join(output_dir, _state_name(process)), metadata)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        predictor = self._get_predictor() if checkpoint is not None else None
-        if checkpoint is None or predictor is None or not predictor.remembers:
+        if checkpoint is None:
             return
-        path = os.path.join(checkpoint, XGRAD_STATE_NAME)
+        if self.is_fsdp_enabled and self.optimizer is not None and not self.optimizer.state:
+            _warn_of_lost_state(checkpoint)
+        predictor = self._get_predictor()
+        if predictor is None or not predictor.remembers:
+            return
+        process = predictor.process
+        path = os.path.join(checkpoint, _state_name(process))
         state = {}
         if os.path.isfile(path):
             try:
-                state = _read_state(path)
+                state = _read_state(path) | ({"process": process} if process else {})
                 predictor.load_state_dict(state)
             except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(
@@ -211,7 +236,11 @@ class XGradMixin(_Trainer):
                 ) from error
         missing = " and ".join(what for key, what in _REMEMBERED.items() if key in predictor.remembers - set(state))
         if missing:
-            logger.warning(f"XGrad: {checkpoint} does not have {missing} (in {XGRAD_STATE_NAME}): that starts anew.")
+            others = ", ".join(_state_names(checkpoint))
+            hint = f" Other processes have left it there ({others}): resume with as many." if others else ""
+            logger.warning(
+                f"XGrad: {checkpoint} does not have {missing} ({_state_name(process)}): that starts anew.{hint}"
+            )
 
     # ---- optimizers ----
 
@@ -229,11 +258,18 @@ class XGradMixin(_Trainer):
             return
         args = self.args
         distributed_type = self.accelerator.distributed_type
-        if not reaches_weights(distributed_type):
+        if distributed_type in _REFUSED_ENGINES:
             raise ValueError(
-                f"XGrad: {distributed_type.value} is not supported yet: it keeps the weights in shards that a "
-                "prediction does not reach. Train with DDP or on one device, or switch XGrad off (xgrad=False)."
+                f"XGrad: {distributed_type.value} is refused: {_REFUSED_ENGINES[distributed_type]}. Train with DDP, "
+                "FSDP or DeepSpeed, or switch XGrad off (xgrad=False)."
             )
+        reason = _fp8_refusal(self.accelerator)
+        if reason is not None:
+            raise ValueError(f"XGrad: {reason}, or switch XGrad off (xgrad=False).")
+        if self.is_deepspeed_enabled:
+            from hf_xgrad.deepspeed import check_config
+
+            check_config(self.accelerator.state.deepspeed_plugin.hf_ds_config.config)
         optimizer = self.optimizer
         if optimizer is not None:
             check_optimizer(optimizer, config)
@@ -278,9 +314,58 @@ class XGradMixin(_Trainer):
                 _check_closed_form(optimizer_class, kwargs, config)
 
 
-def reaches_weights(distributed_type: DistributedType) -> bool:
-    """Whether a prediction reaches the weights under this engine: on one device, and where each has them all (DDP)."""
-    return distributed_type == DistributedType.NO or distributed_type.value.startswith("MULTI_")
+def _fp8_refusal(accelerator: Any) -> str | None:
+    """Why weights cannot be predicted with Accelerate's fp8 as it is set up, and the way out; None where they can.
+
+    torchao and Transformer Engine keep the weights in high precision and cast them at each forward, predicted or not.
+    """
+    backend = accelerator.fp8_backend
+    if backend == FP8BackendType.MSAMP:
+        return (
+            "fp8 by MS-AMP is refused: it keeps the weights in 8 and 16 bits with scales of their own, which a "
+            "prediction cannot write. Choose torchao (ACCELERATE_FP8_BACKEND=AO)"
+        )
+    recipe = getattr(accelerator.ao_recipe_handler, "config", None)
+    if backend == FP8BackendType.AO and getattr(recipe, "enable_fsdp_float8_all_gather", False):
+        return (
+            "fp8 by torchao with its all-gather in fp8 is refused: it scales the weights by what they were after the "
+            "optimizer's step, not as they are predicted. Switch that off "
+            "(ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER=false)"
+        )
+    return None
+
+
+def _state_name(process: Sequence[int] | None) -> str:
+    """Name of a predictor's file in a checkpoint; of sharded weights each process `(rank, processes)` has one."""
+    if process is None:
+        return XGRAD_STATE_NAME
+    stem, extension = os.path.splitext(XGRAD_STATE_NAME)
+    return f"{stem}-{process[0] + 1:05d}-of-{process[1]:05d}{extension}"
+
+
+def _state_names(folder: str) -> list[str]:
+    """Names of all such files in a folder."""
+    stem, extension = os.path.splitext(XGRAD_STATE_NAME)
+    return sorted(
+        os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), f"{stem}*{extension}"))
+    )
+
+
+def _warn_of_lost_state(checkpoint: str) -> None:
+    """Says that an optimizer came back without its state, where the checkpoint has one in shards."""
+    folder = os.path.join(checkpoint, f"{OPTIMIZER_NAME}_0")
+    if not os.path.isfile(os.path.join(folder, ".metadata")):
+        return
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    if any(
+        name.startswith("optimizer.state.") for name in FileSystemReader(folder).read_metadata().state_dict_metadata
+    ):
+        logger.warning(
+            f"XGrad: the optimizer's state in {checkpoint} was not taken up, which Transformers cannot do under FSDP "
+            "1 with SHARDED_STATE_DICT. The optimizer starts anew, and nothing is predicted before its first step. To "
+            "go on exactly, train under FSDP 2 (fsdp_version: 2)."
+        )
 
 
 def _read_state(path: str) -> dict[str, Any]:

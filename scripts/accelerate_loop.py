@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -23,7 +23,6 @@ from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_utils import rotate_checkpoints, speed_metrics
 
 from hf_xgrad import WeightPredictor, XGradConfig
-from hf_xgrad.trainer import reaches_weights
 from loop_arguments import LoopArguments, Strategy, make_optimizer, make_schedule
 from run_results import RESUMED, read_json
 from script_arguments import InputError, as_input_error
@@ -51,7 +50,7 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "runs")),
         )
     kind = accelerator.distributed_type
-    if not reaches_weights(kind):
+    if kind != DistributedType.NO and not kind.value.startswith("MULTI_"):
         raise InputError(f"this loop runs on one device or under DDP, not under {kind.value}")
     return accelerator
 

@@ -741,10 +741,10 @@ def test_only_optimizers_are_taken() -> None:
         WeightPredictor(nn.Linear(1, 1), XGradConfig())  # type: ignore[arg-type]
 
 
-def test_sharded_parameters_are_refused() -> None:
+def test_sharded_parameters_need_the_model() -> None:
     w = nn.Parameter(torch.ones(1))
-    w.to_local = lambda: w  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="DTensor"):
+    w._fsdp_flattened = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="prepared model"):
         WeightPredictor(torch.optim.AdamW([w]), XGradConfig())
 
 

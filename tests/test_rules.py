@@ -462,7 +462,7 @@ def test_adam3_refuses_sparse_gradients() -> None:
 
 
 def test_imports_point_one_way() -> None:
-    """scripts -> trainer -> prediction -> rules -> torch; the lower two and the optimizer know torch alone."""
+    """scripts -> trainer -> prediction -> rules -> torch; the lowest and the optimizer know torch alone."""
     import hf_xgrad
 
     folder = Path(hf_xgrad.__file__).parent
@@ -470,12 +470,18 @@ def test_imports_point_one_way() -> None:
         "rules": {"torch"},
         "optim": {"torch"},
         "closed_forms": {"torch", "hf_xgrad.rules"},
-        "auto_steps": {"torch"},
-        "prediction": {"torch", "hf_xgrad.auto_steps", "hf_xgrad.closed_forms", "hf_xgrad.rules"},
+        "sharding": {"torch"},
+        "auto_steps": {"torch", "hf_xgrad.rules", "hf_xgrad.sharding"},
+        "prediction": {
+            "torch", "hf_xgrad.auto_steps", "hf_xgrad.closed_forms", "hf_xgrad.rules", "hf_xgrad.sharding",
+        },
+        "deepspeed": {
+            "torch", "deepspeed", "hf_xgrad.auto_steps", "hf_xgrad.prediction", "hf_xgrad.rules", "hf_xgrad",
+        },
         "arguments": {"transformers", "hf_xgrad.rules"},
         "trainer": {
             "torch", "accelerate", "safetensors", "transformers", "pytorch_optimizer",
-            "hf_xgrad.arguments", "hf_xgrad.optim", "hf_xgrad.prediction", "hf_xgrad.rules",
+            "hf_xgrad.arguments", "hf_xgrad.deepspeed", "hf_xgrad.optim", "hf_xgrad.prediction", "hf_xgrad.rules",
         },
         "__main__": {"torch", "hf_xgrad"},
     }  # fmt: skip

@@ -242,7 +242,7 @@ def test_an_interrupt_at_any_line_of_ours(tmp_path: Path, monkeypatch: pytest.Mo
         places.append(interrupt.where)
         assert tiny.same(tiny.weights(model), seen[-1][1]), interrupt.where
     functions = {place.split(",")[0] for place in places}
-    assert {"training_step", "predict", "_write", "restore", "__enter__", "__exit__"} <= functions
+    assert {"training_step", "predict", "_write", "_restore", "__enter__", "__exit__"} <= functions
 
 
 @pytest.mark.parametrize("rule", RULES)

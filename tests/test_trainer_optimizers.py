@@ -335,8 +335,10 @@ def test_a_closed_form_is_asked_of_the_given_optimizer(tmp_path: Path) -> None:
     XGradTrainer(model=model, args=args, optimizers=(torch.optim.AdamW(model.parameters()), None), xgrad_config=config)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_sharding_engines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DistributedType) -> None:
+@pytest.mark.parametrize("kind", [DistributedType.MEGATRON_LM, DistributedType.XLA])
+def test_engines_with_loops_of_their_own_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DistributedType
+) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
     with pytest.raises(ValueError) as error:
         make(tmp_path)
@@ -346,8 +348,8 @@ def test_sharding_engines_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     make(tmp_path, xgrad_steps=0)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.MULTI_GPU, DistributedType.MULTI_CPU])
-def test_data_parallel_engines_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DistributedType) -> None:
+@pytest.mark.parametrize("kind", [DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP])
+def test_other_engines_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DistributedType) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
     make(tmp_path)
 
