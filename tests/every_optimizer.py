@@ -467,7 +467,6 @@ EXPLANATIONS = {
     "torch_xla": "needs torch_xla",
     "torch_npu": "needs torch_npu",
     "torchdistx": "needs torchdistx",
-    "einops": "needs einops",
     "CUDA": "needs CUDA",
 }
 
@@ -783,7 +782,7 @@ def library_cases() -> Iterator[Case]:
             install=LIBRARY if name != "lorarite" else f"{LIBRARY} peft",
             make=partial(made_of, cls, LIBRARY_SETTINGS.get(name, {})),
             model=lora_bert if name == "lorarite" else small_bert,
-            inside=process_group if name == "distributedmuon" else nullcontext,
+            inside=process_group if name in ("demo", "distributedmuon") else nullcontext,
             slow=name == "spectralsphere",  # it solves for a multiplier in every step
         )
 
