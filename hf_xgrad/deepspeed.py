@@ -56,6 +56,7 @@ def _is_on(value: Any) -> bool:
     return value not in (None, False, "none", 0)
 
 
+_FLOAT16 = ("fp16", "float16", "half", "torch.float16")
 _UNTRIED = "a prediction was never tried with it"
 _SECOND_COPY = "forward reads copies of the partitions that a prediction does not reach"
 _REFUSALS = (
@@ -84,7 +85,11 @@ _REFUSALS = (
     _Refusal("tensor_parallel.autotp_size", lambda size: (size or 1) > 1, _UNTRIED),
     _Refusal("compile.deepcompile", _is_on, "the gathering of weights is compiled into the model"),
     _Refusal("hybrid_engine.enabled", _is_on, "it generates from copies of the weights"),
-    _Refusal("amp.enabled", _is_on, "apex keeps weights of its own, which a prediction does not reach"),
+    _Refusal(
+        "torch_autocast",
+        lambda autocast: _is_on(autocast) and _is_on(autocast.get("enabled")) and autocast.get("dtype") in _FLOAT16,
+        "each process may skip a step on its own, so that nobody knows which steps were taken",
+    ),
     _Refusal(
         "optimizer.type",
         lambda name: str(name).lower() in ("onebitadam", "zerooneadam", "onebitlamb"),
@@ -103,12 +108,6 @@ def check_config(config: Mapping[str, Any]) -> None:
         value = node.get(name)
         if value != "auto" and is_wrong(value):
             raise _refused(f"{setting}={value!r}", reason)
-    autocast = config.get("torch_autocast") or {}
-    if _is_on(autocast.get("enabled")) and "16" in str(autocast.get("dtype")) and "b" not in str(autocast["dtype"]):
-        raise _refused(
-            f"torch_autocast.dtype={autocast['dtype']!r}",
-            "each process may skip a step on its own, so that nobody knows which steps were taken",
-        )
 
 
 def _check_engine(engine: Any) -> None:
@@ -116,6 +115,8 @@ def _check_engine(engine: Any) -> None:
     check_config(engine.config)
     if engine.has_moe_layers:
         raise _refused("a mixture of experts", _UNTRIED)
+    if engine.pipeline_parallelism:
+        raise _refused("a PipelineModule", _UNTRIED)
     if getattr(engine, "checkpoint_engine", None) is not None and engine.checkpoint_engine.is_decoupled():
         raise _refused(
             type(engine.checkpoint_engine).__name__,
@@ -132,11 +133,12 @@ def _refused(what: str, reason: str) -> ValueError:
 # ---- where the weights are ----
 
 
-class _Zero:
-    """Stage 0: every process steps all weights.
+class _Layout:
+    """Stage 0: every process steps all weights, and forward reads these.
 
     Attributes:
-        optimizer: what steps the masters.
+        zero: DeepSpeed's optimizer.
+        optimizer: the one inside, which steps the masters.
         partitioned: whether each process steps a part of the weights.
         flat: whether masters are stretches of many weights in a row.
     """
@@ -144,9 +146,9 @@ class _Zero:
     partitioned = False
     flat = False
 
-    def __init__(self, zero: Any) -> None:
+    def __init__(self, zero: Any, optimizer: Optimizer) -> None:
         self.zero = zero
-        self.optimizer: Optimizer = zero
+        self.optimizer = optimizer
 
     def pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Of each parameter group the masters, and the compute weights of each."""
@@ -166,35 +168,30 @@ class _Zero:
         return None
 
 
-class _Float16Weights(_Zero):
-    """Stage 0 of a model in half precision."""
-
-    def __init__(self, zero: Any) -> None:
-        super().__init__(zero)
-        self.optimizer = zero.optimizer
-        self.flat = type(zero) is FP16_Optimizer
+class _HalfPrecision(_Layout):
+    """Stage 0 of a model in half precision; weight by weight."""
 
     def pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
-        zero = self.zero
-        if self.flat:
-            return [[pair] for pair in zip(zero.fp32_groups_flat, zero.fp16_groups_flat, strict=True)]
-        return [
-            list(zip(masters, computes, strict=True))
-            for masters, computes in zip(zero.fp32_groups, zero.fp16_groups, strict=True)
-        ]
+        groups = zip(self.zero.fp32_groups, self.zero.fp16_groups, strict=True)
+        return [list(zip(masters, computes, strict=True)) for masters, computes in groups]
 
 
-class _PartitionedMasters(_Zero):
+class _FlatHalfPrecision(_Layout):
+    """Stage 0 of a model in half precision; each group in one."""
+
+    flat = True
+
+    def pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
+        return [[pair] for pair in zip(self.zero.fp32_groups_flat, self.zero.fp16_groups_flat, strict=True)]
+
+
+class _PartitionedMasters(_Layout):
     """Stages 1 and 2: masters are partitions, compute weights are whole."""
 
     partitioned = True
     flat = True
 
-    def __init__(self, zero: Any) -> None:
-        super().__init__(zero)
-        self.optimizer = zero.optimizer
-
-    def _layout(self) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+    def _tensors(self) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
         """Of each group its masters, all its compute weights in one, and these by partitions."""
         zero = self.zero
         if type(zero) is BF16_Optimizer:
@@ -202,14 +199,14 @@ class _PartitionedMasters(_Zero):
         return zero.single_partition_of_fp32_groups, zero.bit16_groups_flat, zero.parallel_partitioned_bit16_groups
 
     def pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
-        masters, _, partitions = self._layout()
+        masters, _, partitions = self._tensors()
         ranks = [dist.get_rank(group) for group in self.zero.real_dp_process_group]
         return [[(m, parts[r])] for m, parts, r in zip(masters, partitions, ranks, strict=True)]
 
     def spread(self) -> None:
         # What the optimizer ends its step with. Its `update_lp_params` would copy the masters over first.
         zero = self.zero
-        _, flat, partitions = self._layout()
+        _, flat, partitions = self._tensors()
         all_gather_dp_groups(
             groups_flat=flat,
             partitioned_param_groups=partitions,
@@ -222,20 +219,16 @@ class _PartitionedMasters(_Zero):
         if all(dist.get_world_size(group) == 1 for group in self.zero.real_dp_process_group):
             return None
         return (
-            "the weights that other processes step are still the predicted ones in this process's model. Resume from "
-            "a checkpoint, or call model_wrapped.optimizer.update_lp_params() on every process"
+            "in this process's model those that other processes step still are. Resume from a checkpoint, or call "
+            "model_wrapped.optimizer.update_lp_params() on every process"
         )
 
 
-class _PartitionedWeights(_Zero):
+class _PartitionedWeights(_Layout):
     """Stage 3: masters and compute weights are partitions; whole weights are gathered by forward and backward."""
 
     partitioned = True
     flat = True
-
-    def __init__(self, zero: Any) -> None:
-        super().__init__(zero)
-        self.optimizer = zero.optimizer
 
     def pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
         zero = self.zero
@@ -263,36 +256,45 @@ class _PartitionedWeights(_Zero):
                 p.ds_active_sub_modules.clear()
                 p.partition()
 
+    def missing(self) -> str | None:
+        if all(p.ds_status is not ZeroParamStatus.INFLIGHT for p in self.zero.module.parameters()):
+            return None
+        return (
+            "some weights were being gathered as the predicted ones. Resume from a checkpoint, or call "
+            "model_wrapped.empty_partition_cache() on every process"
+        )
 
-_KINDS: dict[type, type[_Zero]] = {
-    FP16_Optimizer: _Float16Weights,
-    FP16_UnfusedOptimizer: _Float16Weights,
+
+_LAYOUTS: dict[type, type[_Layout]] = {
+    FP16_UnfusedOptimizer: _HalfPrecision,
+    FP16_Optimizer: _FlatHalfPrecision,
     BF16_Optimizer: _PartitionedMasters,
     DeepSpeedZeroOptimizer: _PartitionedMasters,
     DeepSpeedZeroOptimizer_Stage3: _PartitionedWeights,
 }
 
 
-def _zero_of(engine: Any) -> _Zero:
+def _layout_of(engine: Any) -> _Layout:
     _check_engine(engine)
     zero = engine.optimizer
     if zero is engine.basic_optimizer:
-        return _Zero(zero)
-    kind = _KINDS.get(type(zero))
-    if kind is None:
+        return _Layout(zero, zero)
+    layout = _LAYOUTS.get(type(zero))
+    if layout is None:
         raise _refused(f"its {type(zero).__name__}", _UNTRIED)
-    return kind(zero)
+    return layout(zero, zero.optimizer)
 
 
 # ---- prediction ----
 
 
 class ZeroPredictor(WeightPredictor):
-    """`WeightPredictor` of a DeepSpeed engine; `predicted()` goes around forward, backward and engine.step().
+    """`WeightPredictor` of a DeepSpeed engine; `predicted()` goes around forward and backward, and may go around
+    engine.step() too.
 
-    (Or around forward and backward only.) Entering and leaving it takes the communication that DeepSpeed does at the
-    end of a step, on leaving only where no step was taken. So every process has to do it. On leaving with an error
-    there is none, as others may not follow; where that leaves something wrong, the error has a note that says so.
+    Every process has to enter and to leave it: entering takes the communication that DeepSpeed does at the end of a
+    step, and so does leaving where no step was taken in it. Leaving with an error takes none, as others may not
+    follow; where that leaves something wrong, the error has a note that says what to do.
 
     Args:
         engine: what deepspeed.initialize gave, with an optimizer.
@@ -304,7 +306,8 @@ class ZeroPredictor(WeightPredictor):
 
     def __init__(self, engine: Any, config: XGradConfig) -> None:
         self._engine = engine
-        self._zero = _zero_of(engine) if config.active else _Zero(engine.basic_optimizer)
+        optimizer = engine.basic_optimizer
+        self._layout = _layout_of(engine) if config.active else _Layout(optimizer, optimizer)
         self._views: list[ChainMap[str, Any]] = []
         self._computes: dict[Tensor, Tensor] = {}  # by their masters
         self._in_place = False
@@ -314,20 +317,20 @@ class ZeroPredictor(WeightPredictor):
         self._alone = False
         self._steps_at_predict = 0
         self._stepping_from: int | None = None  # steps taken before the one that was not looked at yet
-        super().__init__(self._zero.optimizer, config)
+        super().__init__(self._layout.optimizer, config)
         if not self._active:
             return
-        self._sharded = self._zero.partitioned
+        self._sharded = self._layout.partitioned
         if self._auto_steps is not None:
             self._auto_steps = AutoSteps(self._groups, sharded=self._sharded)
         self._universal_groups()  # raises where there should be a closed form
 
     def _locate(self) -> None:
         """Looks up where the weights are: a checkpoint may bring other groups, `offload_states` other memory."""
-        pairs = self._zero.pairs()
+        pairs = self._layout.pairs()
         self._computes = {master: compute for group in pairs for master, compute in group}
         self._in_place = all(master.data_ptr() == compute.data_ptr() for master, compute in self._computes.items())
-        groups = self._zero.optimizer.param_groups
+        groups = self._layout.optimizer.param_groups
         if [id(view.maps[1]) for view in self._views] != [id(group) for group in groups]:
             self._views = [
                 ChainMap({"params": [master for master, _ in own]}, group)
@@ -342,7 +345,7 @@ class ZeroPredictor(WeightPredictor):
 
     def _form(self, group: Group) -> ClosedForm | None:
         form = super()._form(group)
-        if form is None or form.elementwise or not self._zero.flat:
+        if form is None or form.elementwise or not self._layout.flat:
             return form
         if self.config.rule == "closed_form":
             raise no_closed_form(
@@ -369,12 +372,12 @@ class ZeroPredictor(WeightPredictor):
         self._steps_at_predict = self._steps_taken()
         self._exposed, self._left_behind, self._alone = True, True, False
         try:
-            self._zero.forget()
+            self._layout.forget()
             if self._in_place:
                 super()._write()
             else:
                 self._write_beside()
-            self._zero.spread()
+            self._layout.spread()
         except BaseException:
             self._restore(failed=True)
             raise
@@ -400,7 +403,7 @@ class ZeroPredictor(WeightPredictor):
         try:
             for chunk in super()._chunks(universal=universal):
                 computes = [self._computes[master] for master in chunk.params]
-                yield from _cut(chunk, computes) if self._zero.flat else [(chunk, computes)]
+                yield from _cut(chunk, computes) if self._layout.flat else [(chunk, computes)]
         finally:
             self._writing = False
 
@@ -423,7 +426,7 @@ class ZeroPredictor(WeightPredictor):
         if self._left_behind:
             self._copy_masters()
             if alone:
-                self._zero.forget_alone()
+                self._layout.forget_alone()
         self._exposed = False
         if alone:
             self._stepping_from = None
@@ -435,9 +438,9 @@ class ZeroPredictor(WeightPredictor):
     @torch.no_grad()
     def refresh(self) -> None:
         """Brings true compute weights to every process, also after an error; every process has to call it."""
-        self._zero.forget()
+        self._layout.forget()
         self._copy_masters()
-        self._zero.spread()
+        self._layout.spread()
         self._left_behind = False
 
     def _copy_masters(self) -> None:
@@ -448,7 +451,7 @@ class ZeroPredictor(WeightPredictor):
 
     def explain(self, error: BaseException) -> None:
         """Adds a note to an error that has ended a prediction, if that has left something wrong."""
-        missing = self._zero.missing() if self._left_behind else None
+        missing = self._layout.missing() if self._left_behind else None
         if missing is not None:
             error.add_note(f"XGrad: this error came while weights were predicted: {missing}.")
 

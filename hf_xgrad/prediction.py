@@ -457,7 +457,7 @@ class WeightPredictor:
             for (device, _, held), params in by_kind.items():
                 scale_here, decay_here = _on(scale, device), _on(decay, device)
                 for part in _split(params):
-                    states = [local_state(self.optimizer.state[p]) for p, _ in part] if form is not None else []
+                    states = [local_state(self.optimizer.state[p], p) for p, _ in part] if form is not None else []
                     backups = [self._backup(p) for p, _ in part]
                     yield _Chunk([w for _, w in part], backups, states, group, form, scale_here, decay_here, held)
 

@@ -53,11 +53,18 @@ def copies(p: Tensor) -> int:
     return 1 if is_sharded(p) else processes
 
 
-def local_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The optimizer's state of a parameter, with the local parts of its tensors."""
+def local_state(state: Mapping[str, Any], p: Tensor) -> Mapping[str, Any]:
+    """The optimizer's state of `p`, with those parts of its tensors that belong to the local part of `p`."""
     if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
         return state
-    return {name: local_part(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {name: _part_beside(value, p) if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def _part_beside(value: Any, p: Any) -> Tensor:
+    if _is_dtensor(value) and value.shape == p.shape and value.placements != p.placements:
+        # Under tensor parallelism a gradient, and the momentum that begins as one, may be whole where p is not.
+        value = value.redistribute(p.device_mesh, p.placements)
+    return local_part(value)
 
 
 _FSDP = "torch.distributed.fsdp"

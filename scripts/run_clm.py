@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 
 from language_batches import CausalCollator
@@ -85,15 +86,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sample(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, sample_args: SampleArguments) -> None:
-    if trainer.is_world_process_zero():
-        write_sample(trainer.accelerator.unwrap_model(trainer.model), tokenizer, sample_args, trainer.args)
+    write_sample(trainer.accelerator, trainer.model, tokenizer, sample_args, trainer.args)
 
 
-def write_sample(model: Any, tokenizer: PreTrainedTokenizerBase, sample_args: SampleArguments, args: Any) -> None:
+def write_sample(
+    accelerator: Accelerator,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sample_args: SampleArguments,
+    args: Any,
+) -> None:
     """Print what the model writes, if asked to, and leave it in sample.txt. `args` has output_dir and seed."""
     if sample_args.sample_length is None:
         return
+    # On every process: each may hold a part of the model only.
+    model = accelerator.unwrap_model(model)
     text = sample_text(model, tokenizer, sample_args.sample_prompt, sample_args.sample_length, args.seed)
+    if not accelerator.is_main_process:
+        return
     (Path(args.output_dir) / "sample.txt").write_text(text + "\n", encoding="utf-8")
     print(f"A sample of what the model writes:\n{text}")
 

@@ -107,8 +107,7 @@ def pretrain_or_fine_tune(
             before = found["eval_perplexity_at_start"] = first_logged(read_log(folder), "eval_perplexity")
             print(f"Perplexity: {before:.1f} before training, {found['eval_perplexity']:.2f} after")
         metrics |= record(args, "eval", found)
-    if accelerator.is_main_process:
-        write_sample(accelerator.unwrap_model(model), prepared.tokenizer, sample_args, args)
+    write_sample(accelerator, model, prepared.tokenizer, sample_args, args)
     library = "peft" if prepared.model_args.lora else "transformers"
     card = describe_for_card(prepared, args) | {"library_name": library}
     finish(args, prepared.model_args.model_name_or_path, card, repository)

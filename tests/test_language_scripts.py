@@ -697,6 +697,21 @@ def test_a_sample_of_text(tmp_path: Path, data: tuple[str, ...], capsys: pytest.
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("is_main", [True, False])
+def test_every_process_takes_part_in_a_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_main: bool
+) -> None:
+    """Each may hold a part of the model only; one of them tells."""
+    taking_part = []
+    monkeypatch.setattr(run_clm, "sample_text", lambda *_: taking_part.append(True) or "so it goes")
+    accelerator: Any = SimpleNamespace(is_main_process=is_main, unwrap_model=lambda model: model)
+    args = SimpleNamespace(output_dir=tmp_path, seed=1)
+    tokenizer: Any = None
+    run_clm.write_sample(accelerator, gpt2(), tokenizer, run_clm.SampleArguments(sample_length=3), args)
+    assert taking_part == [True]
+    assert ("so it goes" in capsys.readouterr().out) is (tmp_path / "sample.txt").exists() is is_main
+
+
 def test_a_sample_leaves_the_random_state_and_the_mode_alone() -> None:
     tokenizer = train_tokenizer(["a"], 257, masked=False, model_max_length=10**6)
     model = gpt2(vocab_size=len(tokenizer)).train()
