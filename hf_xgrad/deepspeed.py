@@ -289,8 +289,7 @@ def _layout_of(engine: Any) -> _Layout:
 
 
 class ZeroPredictor(WeightPredictor):
-    """`WeightPredictor` of a DeepSpeed engine; `predicted()` goes around forward and backward, and may go around
-    engine.step() too.
+    """`WeightPredictor` of a DeepSpeed engine; within `predicted()` there may be engine.step() too.
 
     Every process has to enter and to leave it: entering takes the communication that DeepSpeed does at the end of a
     step, and so does leaving where no step was taken in it. Leaving with an error takes none, as others may not

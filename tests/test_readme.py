@@ -75,7 +75,7 @@ def commands() -> list[tuple[str, list[str]]]:
         text = "\n".join(blocks("bash", page.read_text(encoding="utf-8"))).replace("\\\n", " ")
         for line in text.splitlines():
             words = shlex.split(line, comments=True)
-            names = [word for word in words if word.startswith("scripts/")]
+            names = [word for word in words if word.startswith("scripts/") and word.endswith(".py")]
             if names:
                 flags = words[words.index(names[0]) + 1 :]
                 found.append((Path(names[0]).stem, flags))

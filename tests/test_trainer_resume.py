@@ -277,6 +277,22 @@ def test_missing_file_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert moved == [False, True, True, True]
 
 
+def test_what_other_processes_left_is_named_and_not_taken_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run of two processes with sharded weights leaves two such files."""
+    make(tmp_path, **saving(4), **LAST_UPDATE).train()
+    folder = tmp_path / "checkpoint-4"
+    parts = ["xgrad-00001-of-00002.safetensors", "xgrad-00002-of-00002.safetensors"]
+    (folder / parts[0]).write_bytes((folder / FILE).read_bytes())
+    (folder / FILE).rename(folder / parts[1])
+    make(tmp_path, **LAST_UPDATE).train(resume_from_checkpoint=str(folder))
+    [warning] = ours(caplog)
+    assert all(name in warning for name in (FILE, *parts))
+    assert "as many" in warning
+    # Written again by this run, the folder has nothing of the other one.
+    make(tmp_path, **saving(4), **LAST_UPDATE).train()
+    assert sorted(path.name for path in folder.glob("xgrad*")) == [FILE]
+
+
 @pytest.mark.parametrize(
     ("written", "read", "missing"),
     [
