@@ -7,7 +7,8 @@ copies the masters over, and gathers what other processes have to know.
 
 So a prediction starts from the masters, is written into the compute weights, and is gathered the way DeepSpeed does
 it. The masters stay true throughout: no backup is needed, and whatever engine.step() does is right. Only where both
-sorts are the same memory (stage 3 of a model in single precision, stage 0) a backup is kept.
+sorts are the same memory (of a model in single precision: in stage 0, and in stage 3 where DeepSpeed can) a backup is
+kept.
 
 `deepspeed.utils.safe_get_local_fp32_param` and its kin do not do for this: they work parameter by parameter, those of
 stages 1 and 2 communicate each time, and none of them writes to the compute weights.
@@ -154,6 +155,9 @@ class _Layout:
         """Of each parameter group the masters, and the compute weights of each."""
         return [[(p, p) for p in group["params"]] for group in self.optimizer.param_groups]
 
+    def clear_padding(self) -> None:
+        """Sees to zeros in what masters and compute weights have beyond the weights."""
+
     def forget(self) -> None:
         """Has what was gathered of the compute weights gathered anew; other processes do the same."""
 
@@ -239,6 +243,20 @@ class _PartitionedWeights(_Layout):
             result[zero.sub_group_to_group_id[i]].append(pair)
         return result
 
+    def clear_padding(self) -> None:
+        # DeepSpeed leaves there what was in the memory, NaN perhaps: too much for sums over partitions.
+        zero = self.zero
+        for params, master, compute in zip(
+            zero.fp16_groups, zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
+        ):
+            start = 0
+            for p in params:
+                length = p.partition_numel()
+                filled = min(max(p.ds_numel - length * dist.get_rank(p.ds_process_group), 0), length)
+                for flat in (master, compute):
+                    flat[start + filled : start + length].zero_()
+                start += length
+
     def forget(self) -> None:
         # An evaluation leaves weights gathered, and small ones (persistent_parameters) always are.
         self.zero.empty_partition_cache()
@@ -319,6 +337,8 @@ class ZeroPredictor(WeightPredictor):
         super().__init__(self._layout.optimizer, config)
         if not self._active:
             return
+        with torch.no_grad():
+            self._layout.clear_padding()
         self._sharded = self._layout.partitioned
         if self._auto_steps is not None:
             self._auto_steps = AutoSteps(self._groups, sharded=self._sharded)
