@@ -267,6 +267,12 @@ class XGradMixin(_Trainer):
         if reason is not None:
             raise ValueError(f"XGrad: {reason}, or switch XGrad off (xgrad=False).")
         if self.is_deepspeed_enabled:
+            if args.auto_find_batch_size:
+                raise ValueError(
+                    "XGrad: auto_find_batch_size=True is refused under DeepSpeed: its next try starts from what the "
+                    "model holds after the error, which may be predicted weights. Set per_device_train_batch_size, or "
+                    "switch XGrad off (xgrad=False)."
+                )
             from hf_xgrad.deepspeed import check_config
 
             check_config(self.accelerator.state.deepspeed_plugin.hf_ds_config.config)

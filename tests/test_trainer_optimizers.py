@@ -354,6 +354,14 @@ def test_other_engines_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     make(tmp_path)
 
 
+def test_deepspeed_does_not_search_for_a_batch_size(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.is_deepspeed_enabled = trainer.args.auto_find_batch_size = True
+    with pytest.raises(ValueError, match="auto_find_batch_size") as error:
+        trainer._check_xgrad()
+    assert WAY_OUT in str(error.value)
+
+
 def test_a_users_own_optimizer_class_follows_its_last_update(tmp_path: Path) -> None:
     """`optimizer_cls_and_kwargs` with a class that has no closed form: the universal rule, exactly."""
     trainer = make(tmp_path, given=(torch.optim.Adadelta, {"lr": 1e-2}), lr_scheduler_type="constant", xgrad_steps=2.0)
