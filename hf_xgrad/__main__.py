@@ -1,4 +1,4 @@
-"""`python -m hf_xgrad`: which optimizers work, and what a bug report needs."""
+"""`python -m hf_xgrad`: which optimizers work, what a bug report needs, pictures of runs, and pushing them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata, resources
+from pathlib import Path
 from typing import Any
+
+from hf_xgrad.plots import PlotError, plot_folders
 
 Row = dict[str, str]
 
@@ -173,6 +176,31 @@ def env(arguments: argparse.Namespace) -> None:
         print(f"{name + ':':20} {value}")
 
 
+# ---- plot ----
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    try:
+        plot_folders(arguments.runs, arguments.output, arguments.metric)
+    except (ImportError, PlotError) as error:
+        raise InputError(str(error)) from error
+    print(arguments.output)
+
+
+# ---- push ----
+
+
+def push(arguments: argparse.Namespace) -> None:
+    from hf_xgrad.hub import HUB_ERRORS, push
+
+    target = {name: getattr(arguments, name) for name in ("hub_model_id", "private", "revision")}
+    try:
+        commit = push(arguments.folder, **target)
+    except HUB_ERRORS as error:
+        raise InputError(f"{arguments.folder} was not pushed: {' '.join(str(error).split())}") from error
+    print(commit.repo_url)
+
+
 # ---- the command line ----
 
 
@@ -182,7 +210,6 @@ def parser() -> argparse.ArgumentParser:
 
     def command(run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__, help=text, description=text)
-        added.add_argument("--json", action="store_true", help="print JSON")
         added.set_defaults(run=run)
         return added
 
@@ -190,7 +217,34 @@ def parser() -> argparse.ArgumentParser:
     which = table.add_mutually_exclusive_group()
     which.add_argument("text", nargs="?", help="only the rows with this text in them")
     which.add_argument("--optim", nargs="+", metavar="NAME", help="only these names of --optim")
-    command(env, "Print what a bug report needs: versions, devices, settings.")
+    facts = command(env, "Print what a bug report needs: versions, devices, settings.")
+    for printed in (table, facts):
+        printed.add_argument("--json", action="store_true", help="print JSON")
+    picture = command(plot, "Draw runs over their steps: losses or another metric, and what XGrad measured.")
+    picture.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="output folder, checkpoint or trainer_state.json; NAME=RUN names it, and runs of one name are one line",
+    )
+    picture.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("xgrad_runs.png"),
+        metavar="FILE",
+        help="a name in .png or .svg (default: %(default)s)",
+    )
+    picture.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="what to draw beside the training loss (default: what chose the best checkpoints, else eval_loss)",
+    )
+    pushed = command(push, "Push the folder of a run to the Hub: model, card and results, without its checkpoints.")
+    pushed.add_argument("folder", type=Path, help="output folder of the run")
+    pushed.add_argument("--hub_model_id", metavar="ID", help="repository (default: yours, of the folder's name)")
+    pushed.add_argument("--private", action="store_true", default=None, help="if it has to be made, make it private")
+    pushed.add_argument("--revision", metavar="BRANCH", help="(default: the main branch)")
     return top
 
 

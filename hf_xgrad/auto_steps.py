@@ -105,10 +105,20 @@ class AutoSteps:
         """Takes up what `state_dict` gave; an empty one starts anew.
 
         Raises:
+            ValueError: as `check_state_dict`; nothing is changed then.
+        """
+        self.check_state_dict(state)
+        self._groups = [_GroupEstimate(group["params"]) for group in self._groups_now()] if state else []
+        for name, tensor in _named(self._groups):
+            tensor.copy_(state[name])
+
+    def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Refuses what `state_dict` cannot have given.
+
+        Raises:
             ValueError: the state belongs to other parameter groups, is incomplete, or holds NaN or infinity.
         """
         if not state:
-            self._groups = []
             return
         groups = [_GroupEstimate(group["params"]) for group in self._groups_now()]
         needed = dict(_named(groups))
@@ -123,11 +133,10 @@ class AutoSteps:
                     f"AutoSteps: {name} has shape {tuple(state[name].shape)}, the parameters of this optimizer need "
                     f"{tuple(tensor.shape)}"
                 )
+            if state[name].dtype != tensor.dtype:
+                raise ValueError(f"AutoSteps: {name} is of type {state[name].dtype}, not {tensor.dtype}")
             if not torch.isfinite(state[name]).all():
                 raise ValueError(f"AutoSteps: {name} holds NaN or infinity")
-        for name, tensor in needed.items():
-            tensor.copy_(state[name])
-        self._groups = groups
 
     def _follow_groups(self) -> None:
         """Sees to one estimate for each group as it is now; one whose parameters are others starts anew."""

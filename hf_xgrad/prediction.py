@@ -641,12 +641,14 @@ class WeightPredictor:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` gave; what is not in it starts anew.
 
+        To be called after the weights and the optimizer's state have been loaded.
+
         Raises:
-            ValueError: the state belongs to other parameters or to another process, or is incomplete.
+            ValueError: the state belongs to other parameters or to another process, is incomplete, or holds what it
+                cannot have been; nothing is changed then.
         """
         if self._moved:
             raise RuntimeError("WeightPredictor: load_state_dict() inside a prediction; leave predicted() first")
-        self._holds = _Holds.NOTHING
         if not self._active:
             return
         if state_dict and state_dict.get("process") != self.process:
@@ -654,22 +656,44 @@ class WeightPredictor:
                 f"WeightPredictor: state_dict is that of {_process(state_dict.get('process'))}, and is needed by "
                 f"{_process(self.process)}: of sharded weights each process has to save and load its own"
             )
+        if self._auto_steps is not None:
+            self._auto_steps.check_state_dict(state_dict.get("steps", {}))
+        missing = _UNIVERSAL_STATE - set(state_dict)
+        holds_weights = missing != _UNIVERSAL_STATE and "weights" in self.remembers
+        if holds_weights and missing:
+            raise ValueError(f"WeightPredictor: state_dict lacks {sorted(missing)}")
+        weights = self._check_weights(state_dict) if holds_weights else {}
+        # All of it has been checked: from here on nothing is refused.
         self._gathered.drop()
         if self._auto_steps is not None:
             self._auto_steps.load_state_dict(state_dict.get("steps", {}))
-        missing = _UNIVERSAL_STATE - set(state_dict)
-        if missing == _UNIVERSAL_STATE or "weights" not in self.remembers:
+        self._holds = _Holds.NOTHING
+        if not holds_weights:
             return
-        if missing:
-            raise ValueError(f"WeightPredictor: state_dict lacks {sorted(missing)}")
-        holds = _Holds(state_dict["holds"])
+        remembered = self._remembered()
+        for name, tensor in weights.items():
+            self._backup(remembered[name]).copy_(tensor)
+        self._previous_lrs = [
+            torch.as_tensor(lr, dtype=group["lr"].dtype, device=group["lr"].device)
+            if isinstance(group.get("lr"), Tensor)
+            else lr
+            for lr, group in zip(state_dict["lrs"], self._groups(), strict=True)
+        ]
+        self._holds = _Holds(state_dict["holds"])
+
+    def _check_weights(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Refuses what `state_dict` cannot have given of the universal rule, and returns the weights to take up."""
+        if state_dict["holds"] not in (_Holds.PREVIOUS.value, _Holds.PREDICTED.value):
+            raise ValueError(f"WeightPredictor: state_dict has {state_dict['holds']!r} in `holds`")
         lrs, weights, remembered = state_dict["lrs"], state_dict["weights"], self._remembered()
-        if not isinstance(lrs, list) or not all(lr is None or isinstance(lr, (int, float)) for lr in lrs):
-            raise ValueError(f"WeightPredictor: state_dict has no learning rates in `lrs`, but {lrs!r}")
+        if not isinstance(lrs, list) or not all(map(_is_learning_rate, lrs)):
+            raise ValueError(f"WeightPredictor: state_dict has no learning rates in `lrs`, but {lrs!r:.80}")
         if len(lrs) != len(self._groups()):
             raise ValueError(
                 f"WeightPredictor: state_dict has {len(lrs)} parameter groups, the optimizer {len(self._groups())}"
             )
+        if any(lr is None and group.get("lr") is not None for lr, group in zip(lrs, self._groups(), strict=True)):
+            raise ValueError(f"WeightPredictor: state_dict lacks learning rates that the optimizer has: {lrs!r:.80}")
         unknown = sorted(set(weights) - set(self._places()))
         if unknown:
             raise ValueError(
@@ -681,21 +705,22 @@ class WeightPredictor:
         if lacking:
             raise ValueError(f"WeightPredictor: state_dict lacks the weights {lacking[:3]}")
         for name, tensor in weights.items():
-            shape = local_part(remembered[name]).shape
-            if tensor.shape != shape:
+            local = local_part(remembered[name])
+            if tensor.shape != local.shape:
                 raise ValueError(
                     f"WeightPredictor: weight {name} of state_dict has shape {tuple(tensor.shape)}, the parameter "
-                    f"{tuple(shape)}"
+                    f"{tuple(local.shape)}"
                 )
-        for name, tensor in weights.items():
-            self._backup(remembered[name]).copy_(tensor)
-        self._previous_lrs = [
-            torch.as_tensor(lr, dtype=group["lr"].dtype, device=group["lr"].device)
-            if isinstance(group.get("lr"), Tensor)
-            else lr
-            for lr, group in zip(lrs, self._groups(), strict=True)
-        ]
-        self._holds = holds
+            if tensor.dtype != local.dtype:
+                raise ValueError(
+                    f"WeightPredictor: weight {name} of state_dict is of type {tensor.dtype}, the parameter of "
+                    f"{local.dtype}"
+                )
+            # What has diverged goes on as it was; but a weight is not finite again that was not so before.
+            infinite = ~torch.isfinite(tensor)
+            if infinite.any() and (infinite & torch.isfinite(local).to(infinite.device)).any():
+                raise ValueError(f"WeightPredictor: weight {name} of state_dict holds NaN or infinity")
+        return weights
 
     @property
     def process(self) -> list[int] | None:
@@ -835,6 +860,11 @@ def _on(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value.to(device)
     return value
+
+
+def _is_learning_rate(lr: Any) -> bool:
+    """Whether a state may have it: a finite number, or None where an optimizer has none."""
+    return lr is None or (type(lr) in (int, float) and abs(lr) <= sys.float_info.max)
 
 
 def _value(lr: Any) -> Any:

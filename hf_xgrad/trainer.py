@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import glob
 import inspect
-import json
 import math
 import os
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import OPTIMIZER_NAME, DistributedType
 from accelerate.utils.dataclasses import FP8BackendType
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, has_length
 from transformers.utils import logging
 
 from hf_xgrad.arguments import EXTRA_OPTIMIZERS, XGradConfig
+from hf_xgrad.checkpoints import (
+    begin_writing,
+    checkpoint_to_resume,
+    load_state,
+    state_name,
+    state_names,
+    write_state,
+    writing,
+)
+from hf_xgrad.hub import HUB_ERRORS, push_command
+from hf_xgrad.model_card import TrainedModel, base_model_of, complete_card, is_hub_id, naming_hub_models_only
 from hf_xgrad.optim import AdaM3
 from hf_xgrad.prediction import (
     IN_BACKWARD,
@@ -42,9 +48,7 @@ else:
 
 logger = logging.get_logger(__name__)
 
-XGRAD_STATE_NAME = "xgrad.safetensors"
-_STEPS_PREFIX = "steps."
-# What a predictor may need from that file.
+# What a predictor may need from its file in a checkpoint.
 _REMEMBERED = {"weights": "the weights before the last update", "steps": "what xgrad_steps='auto' has learnt"}
 
 _EXTRAPOLATED = "it already trains at an extrapolated point"
@@ -104,6 +108,7 @@ class XGradMixin(_Trainer):
         self._predictor: WeightPredictor | None = None
         super().__init__(*args, **kwargs)
         self._check_xgrad()
+        self._warn_of_local_names()
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's own; the first of its steps that knows `args`, before any generation engine is started."""
@@ -131,10 +136,18 @@ class XGradMixin(_Trainer):
         with predictor.predicted():
             return super().training_step(model, inputs, *args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own `train`."""
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own `train`, which goes on from whole checkpoints only.
+
+        `resume_from_checkpoint=True` is the last whole one of `output_dir`, with a warning for each later one.
+
+        Raises:
+            ValueError: the checkpoint that is named, or every one in `output_dir`, is half-written or damaged.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self._predictor is not None:
                 # Only has work to do where a Ctrl-C came in the middle of restoring.
@@ -195,6 +208,27 @@ class XGradMixin(_Trainer):
 
     # ---- checkpoints ----
 
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own `save_model`; what the disk refuses is an error of one line."""
+        run = str(self.args.output_dir)
+        with writing(run if output_dir is None else str(output_dir), run):
+            super().save_model(output_dir, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = self._get_output_dir(trial=trial)
+        checkpoint = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with writing(checkpoint, run):
+            if self.args.should_save:
+                begin_writing(checkpoint)
+            # Others might be quicker to write their files into what still looks whole.
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last that each process writes: the state, which makes the checkpoint whole, has to wait for all of them.
+        self.accelerator.wait_for_everyone()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         predictor = self._predictor
         with predictor.ignoring_steps() if predictor is not None else nullcontext():
@@ -203,15 +237,11 @@ class XGradMixin(_Trainer):
         process = state.get("process")
         if self.args.should_save:
             # Of an earlier run into this folder: they do not belong to the weights beside them.
-            own = {_state_name((rank, process[1])) for rank in range(process[1])} if process else set()
-            for name in set(_state_names(output_dir)) - own:
+            own = {state_name((rank, process[1])) for rank in range(process[1])} if process else set()
+            for name in set(state_names(output_dir)) - own:
                 os.remove(os.path.join(output_dir, name))
         if state and (process or self.args.should_save):
-            os.makedirs(output_dir, exist_ok=True)
-            tensors = {name: weight.contiguous() for name, weight in state.get("weights", {}).items()}
-            tensors |= {f"{_STEPS_PREFIX}{name}": tensor for name, tensor in state.get("steps", {}).items()}
-            metadata = {"holds": state["holds"], "lrs": json.dumps(state["lrs"])} if "holds" in state else None
-            save_file(tensors, os.path.join(output_dir, _state_name(process)), metadata)
+            write_state(state, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -222,24 +252,78 @@ class XGradMixin(_Trainer):
         predictor = self._get_predictor()
         if predictor is None or not predictor.remembers:
             return
-        process = predictor.process
-        path = os.path.join(checkpoint, _state_name(process))
-        state = {}
-        if os.path.isfile(path):
-            try:
-                state = _read_state(path) | ({"process": process} if process else {})
-                predictor.load_state_dict(state)
-            except (SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"XGrad: {path} cannot be used ({error}). Resume from another checkpoint, or remove the file: the "
-                    "prediction then starts anew."
-                ) from error
-        missing = " and ".join(what for key, what in _REMEMBERED.items() if key in predictor.remembers - set(state))
-        if missing:
-            others = ", ".join(_state_names(checkpoint))
+        lost = predictor.remembers - load_state(predictor, checkpoint)
+        if lost:
+            missing = " and ".join(what for key, what in _REMEMBERED.items() if key in lost)
+            others = ", ".join(state_names(checkpoint))
             hint = f" Other processes have left it there ({others}): resume with as many." if others else ""
             logger.warning(
-                f"XGrad: {checkpoint} does not have {missing} ({_state_name(process)}): that starts anew.{hint}"
+                f"XGrad: {checkpoint} does not have {missing} ({state_name(predictor.process)}): that starts "
+                f"anew.{hint}"
+            )
+
+    # ---- model card and Hub ----
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's own card, completed: method and settings, loss curves, how to load the model, citation.
+
+        Names that the Hub would reject the card for (a base model or a data set in a local folder) are left out.
+        """
+        if not self.is_world_process_zero():
+            return
+        with naming_hub_models_only(self.model):
+            super().create_model_card(*args, **kwargs)
+        trained = TrainedModel.of(self, self.xgrad_config, kwargs.get("tasks"))
+        complete_card(str(self.args.output_dir), trained)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own `push_to_hub`; an error has a note that says how to push again what was trained."""
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except HUB_ERRORS as error:
+            error.add_note(f"XGrad: the model is in {self.args.output_dir}; to push it: {self._push_command(kwargs)}")
+            raise
+
+    def _push_command(self, given: dict[str, Any]) -> str:
+        args = self.args
+        private, revision = (given.get(name) for name in ("private", "revision"))
+        return push_command(
+            str(args.output_dir),
+            self.hub_model_id or args.hub_model_id,
+            private=args.hub_private_repo if private is None else private,
+            revision=args.hub_revision if revision is None else revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._warn_of_failed_pushes()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._warn_of_failed_pushes()
+
+    def _warn_of_failed_pushes(self) -> None:
+        """Tells of pushes in the background that failed, which the Trainer never asks for."""
+        in_progress = getattr(self, "push_in_progress", None)
+        if in_progress is None:
+            return
+        done = [job for job in in_progress.jobs if job.done()]
+        in_progress.jobs = [job for job in in_progress.jobs if job not in done]
+        errors = [error for error in (job.exception() for job in done if not job.cancelled()) if error is not None]
+        if errors:
+            logger.warning(
+                f"XGrad: a push of a checkpoint failed ({errors[-1]}); training goes on, and everything is in "
+                f"{self.args.output_dir}. To push it by hand: {self._push_command({})}"
+            )
+
+    def _warn_of_local_names(self) -> None:
+        if not self.args.push_to_hub or not self.is_world_process_zero():
+            return
+        name = base_model_of(self.model)
+        if name is not None and not is_hub_id(name):
+            logger.warning(
+                f"XGrad: the model was loaded from {name}, which is no id of the Hub: the model card will not name it "
+                "as base_model, as the Hub would reject the card for it."
             )
 
     # ---- optimizers ----
@@ -341,22 +425,6 @@ def _fp8_refusal(accelerator: Any) -> str | None:
     return None
 
 
-def _state_name(process: Sequence[int] | None) -> str:
-    """Name of a predictor's file in a checkpoint; of sharded weights each process `(rank, processes)` has one."""
-    if process is None:
-        return XGRAD_STATE_NAME
-    stem, extension = os.path.splitext(XGRAD_STATE_NAME)
-    return f"{stem}-{process[0] + 1:05d}-of-{process[1]:05d}{extension}"
-
-
-def _state_names(folder: str) -> list[str]:
-    """Names of all such files in a folder."""
-    stem, extension = os.path.splitext(XGRAD_STATE_NAME)
-    return sorted(
-        os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), f"{stem}*{extension}"))
-    )
-
-
 def _warn_of_lost_state(checkpoint: str) -> None:
     """Says that an optimizer came back without its state, where the checkpoint has one in shards."""
     folder = os.path.join(checkpoint, f"{OPTIMIZER_NAME}_0")
@@ -372,20 +440,6 @@ def _warn_of_lost_state(checkpoint: str) -> None:
             "1 with SHARDED_STATE_DICT. The optimizer starts anew, and nothing is predicted before its first step. To "
             "go on exactly, train under FSDP 2 (fsdp_version: 2)."
         )
-
-
-def _read_state(path: str) -> dict[str, Any]:
-    """The state of a predictor, as `_save_optimizer_and_scheduler` wrote it."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    steps = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_STEPS_PREFIX)}
-    state: dict[str, Any] = {}
-    if tensors or metadata:
-        state |= {"holds": metadata["holds"], "lrs": json.loads(metadata["lrs"]), "weights": tensors}
-    if steps:
-        state["steps"] = {name.removeprefix(_STEPS_PREFIX): tensor for name, tensor in steps.items()}
-    return state
 
 
 def _check_closed_form(optimizer_class: Any, kwargs: dict[str, Any], config: XGradConfig) -> None:

@@ -18,7 +18,8 @@ import torch
 import run_glue
 from acceptability import LABEL_NAMES, write_data_set
 from glue_tasks import TextMetric
-from run_results import format_table, last_logged, plot_losses, read_json, read_log
+from hf_xgrad.plots import plot_runs
+from run_results import format_table, last_logged, read_json, read_log
 from script_arguments import InputError, run_script
 from text_datasets import read_file
 from training_runs import baseline_folder
@@ -90,7 +91,12 @@ def _flags(data: Path, run_folder: Path) -> list[str]:
 
 def _show(data: Path, runs: dict[str, Path], plot: Path) -> None:
     histories = {name: read_log(folder) for name, folder in runs.items()}
-    plot_losses(histories, plot, title="Acceptability of sentences, small BERT from scratch")
+    plot_runs(
+        {name: [history] for name, history in histories.items()},
+        plot,
+        title="Acceptability of sentences, small BERT from scratch",
+        loss_unit="nats per sentence",
+    )
     rows: list[list[str | float | None]] = []
     for name, folder in runs.items():
         results = read_json(folder / "eval_results.json")

@@ -17,6 +17,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
+from hf_xgrad.hub import HUB_ERRORS
 from language_data import (
     DATA_SOURCES,
     BlockCutter,
@@ -43,15 +44,14 @@ from run_results import first_logged
 from script_arguments import InputError, RunArguments, ScriptParser, as_input_error
 from token_scores import TokenScores, mean_loss, score_rows
 from training_runs import (
-    HUB_ERRORS,
     check_optimizer_flags,
     check_run,
     do_runs,
-    finish,
     plan_runs,
     record,
     set_up_logging,
     train,
+    write_card,
 )
 
 METRICS = ("loss", "perplexity", "accuracy")
@@ -211,7 +211,7 @@ def run_language_model(
         trainer = _make_trainer(prepared, each)
         metrics = _train_and_evaluate(trainer, checkpoint)
         after(trainer, prepared.tokenizer, *extra)
-        finish(trainer, describe_for_card(prepared, each))
+        write_card(trainer, describe_for_card(prepared, each))
         return metrics
 
     do_runs(runs, run)
@@ -319,7 +319,7 @@ def _make_trainer(prepared: Prepared, args: XGradTrainingArguments) -> LanguageM
     # New weights are drawn from this: two runs with the same seed start from the same ones.
     set_seed(args.seed)
     model = make_language_model(prepared)
-    with as_input_error(ValueError, ImportError, *HUB_ERRORS):
+    with as_input_error(ImportError, *HUB_ERRORS):
         return LanguageModelTrainer(
             shifted=not prepared.objective.masked,
             model=model,

@@ -4,13 +4,19 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
+import torch
+import transformers
 from accelerate import Accelerator
 from huggingface_hub import HfApi, ModelCardData
+from torch import nn
 
-from loop_arguments import LoopArguments
-from run_results import format_table, read_json, steps_text, write_json
+from hf_xgrad import XGradConfig
+from hf_xgrad.hub import HUB_ERRORS
+from hf_xgrad.model_card import CARD_NAME, TrainedModel, complete_card, is_hub_id
+from loop_arguments import LoopArguments, make_optimizer
+from run_results import format_table, read_json, read_log, write_json
 from script_arguments import as_input_error
-from training_runs import HUB_ERRORS, pushing
 
 logger = logging.getLogger(__name__)
 
@@ -32,56 +38,67 @@ def save_model(accelerator: Accelerator, args: LoopArguments, model: Any, tokeni
         tokenizer.save_pretrained(args.output_dir)
 
 
-def make_repository(args: LoopArguments) -> str | None:
-    """Make the repository on the Hub, before any training time is spent, and return its id; nothing to push: None."""
+def make_repository(args: LoopArguments, base_model: str | None) -> None:
+    """Make the repository on the Hub, if there is something to be pushed, before any training time is spent."""
     if not args.push_to_hub or args.process_index != 0:
-        return None
+        return
     name = args.hub_model_id or Path(args.output_dir).absolute().name
-    with as_input_error(ValueError, *HUB_ERRORS, prefix=f"--push_to_hub: cannot make {name}: "):
-        repository = HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True)
-    return str(repository.repo_id)
+    with as_input_error(*HUB_ERRORS, prefix=f"--push_to_hub: cannot make {name}: "):
+        HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True)
+    if base_model is not None and not is_hub_id(base_model):
+        logger.warning("%s is no id of the Hub: the model card will not name it as base_model", base_model)
 
 
-def finish(args: LoopArguments, base_model: str | None, card: dict[str, Any], repository: str | None) -> None:
-    """Write the card of a trained model and only then push; all results are in the folder by now."""
-    if args.process_index != 0:
+def write_card(args: LoopArguments, model: Any, tokenizer: Any, base_model: str | None, card: dict[str, Any]) -> None:
+    """Write the card of a trained model."""
+    if args.process_index != 0 or not args.do_train:
         return
     folder = Path(args.output_dir)
-    if args.do_train:
-        (folder / "README.md").write_text(_model_card(args, base_model, card), encoding="utf-8")
-    if repository is not None:
-        with pushing(folder, repository):
-            HfApi(token=args.hub_token).upload_folder(
-                repo_id=repository,
-                folder_path=str(folder),
-                commit_message="End of training",
-                ignore_patterns=["checkpoint-*", "runs/*", "_*"],
-            )
+    name = folder.absolute().name
+    (folder / CARD_NAME).write_text(_plain_card(args, name, base_model, card), encoding="utf-8")
+    trained = TrainedModel(
+        config=XGradConfig.from_args(args),
+        model=model,
+        name=args.hub_model_id or name,
+        # Which one it is shows on any weight.
+        optimizer=make_optimizer(nn.Linear(1, 1), args),
+        processing_class=tokenizer,
+        history=read_log(folder),
+        task=card["tasks"],
+    )
+    complete_card(folder, trained)
 
 
-def _model_card(args: LoopArguments, base_model: str | None, card: dict[str, Any]) -> str:
-    """Return the card. A folder of this machine says nothing to others: `base_model` is named only from the Hub."""
-    base = base_model if base_model is not None and not Path(base_model).exists() else None
+def _plain_card(args: LoopArguments, name: str, base_model: str | None, card: dict[str, Any]) -> str:
+    """Return a card like the Trainer's. A folder of this machine says nothing to others: it names the Hub's models."""
+    base = base_model if is_hub_id(base_model) else None
     data = ModelCardData(
         base_model=base,
         datasets=card.get("dataset_tags"),
         language=card.get("language"),
         library_name=card.get("library_name", "transformers"),
-        pipeline_tag=card["tasks"],
         tags=card["tags"] or None,
     )
-    start = f"Fine-tuned from {base}" if base else "Trained"
-    method = f"XGrad weight prediction (arXiv 2305.18240; s = {steps_text(args.xgrad_steps)}, rule {args.xgrad_rule})"
+    start = "Trained" if base_model is None else "A fine-tuned version of a model that is not on the Hub, trained"
+    if base is not None:
+        start = f"A fine-tuned version of [{base}](https://huggingface.co/{base}), trained"
     names = ("seed", "optim", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps",
              "per_device_train_batch_size", "gradient_accumulation_steps")  # fmt: skip
     results = read_json(Path(args.output_dir) / "all_results.json")
     scores = {name: value for name, value in sorted(results.items()) if not name.endswith(("_runtime", "_per_second"))}
+    versions = {
+        "Transformers": transformers.__version__,
+        "Pytorch": torch.__version__,
+        "Datasets": datasets.__version__,
+    }
     lines = [
-        *("---", data.to_yaml(), "---", "", f"# {Path(args.output_dir).absolute().name}", ""),
-        f"{start} on {card['dataset']} with {method if args.xgrad else 'the plain optimizer'}.",
-        *("", "| metric | value |", "| --- | --- |"),
+        *("---", data.to_yaml(), "---", "", f"# {name}", ""),
+        f"{start} on {card['dataset']}, in a loop under Accelerate.",
+        *("", "| metric | value |", "| --- | ---: |"),
         *(f"| {name} | {value:.6g} |" for name, value in scores.items()),
-        *("", "| setting | value |", "| --- | --- |"),
+        *("", "## Training procedure", "", "| setting | value |", "| --- | --- |"),
         *(f"| {name} | {getattr(args, name)} |" for name in names),
+        *("", "### Framework versions", ""),
+        *(f"- {library} {version}" for library, version in versions.items()),
     ]
     return "\n".join(lines) + "\n"

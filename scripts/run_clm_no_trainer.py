@@ -24,7 +24,7 @@ from language_batches import IGNORED
 from language_modeling import Prepared, check_data, describe_for_card, make_language_model, parse_flags, prepare
 from language_models import LanguageModelArguments
 from loop_arguments import LoopArguments
-from loop_results import finish, make_repository, record, save_model
+from loop_results import make_repository, record, save_model, write_card
 from run_clm import CAUSAL, CausalDataArguments, SampleArguments, write_sample
 from run_results import first_logged, read_log
 from script_arguments import InputError, RunArguments, ScriptParser, run_script
@@ -65,7 +65,7 @@ def pretrain_or_fine_tune(
 ) -> dict[str, float]:
     """Do one run, from the initial weights to the files that it leaves, and return its metrics."""
     accelerator = make_accelerator(args)
-    repository = make_repository(args)
+    make_repository(args, prepared.model_args.model_name_or_path)
     # New weights are drawn from this: two runs with the same seed start from the same ones.
     set_seed(args.seed)
     model = make_language_model(prepared)
@@ -110,7 +110,8 @@ def pretrain_or_fine_tune(
     write_sample(accelerator, model, prepared.tokenizer, sample_args, args)
     library = "peft" if prepared.model_args.lora else "transformers"
     card = describe_for_card(prepared, args) | {"library_name": library}
-    finish(args, prepared.model_args.model_name_or_path, card, repository)
+    unwrapped = accelerator.unwrap_model(model)
+    write_card(args, unwrapped, prepared.tokenizer, prepared.model_args.model_name_or_path, card)
     return metrics
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 
 from glue_data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
+from hf_xgrad.hub import HUB_ERRORS
 from pretrained import load_config
 from script_arguments import InputError, ModelArguments, RunArguments, ScriptParser, as_input_error, run_script
 from sequence_classification import (
@@ -27,15 +28,14 @@ from sequence_classification import (
     write_classes_or_scores,
 )
 from training_runs import (
-    HUB_ERRORS,
     check_optimizer_flags,
     check_run,
     do_runs,
-    finish,
     plan_runs,
     record,
     set_up_logging,
     train,
+    write_card,
 )
 
 PROG = "run_glue.py"
@@ -97,7 +97,7 @@ def fine_tune(
         metrics |= record(trainer, "eval", _evaluate(trainer, inputs))
     if args.do_predict:
         _predict(trainer, inputs, data, data_args, numbers)
-    finish(trainer, describe_for_card(data_args, args))
+    write_card(trainer, describe_for_card(data_args, args))
     return metrics
 
 
@@ -110,7 +110,7 @@ def _make_trainer(
     numbers: Sequence[int],
 ) -> XGradTrainer:
     on_tensor_cores = (args.fp16 or args.bf16) and args.device.type == "cuda"
-    with as_input_error(ValueError, ImportError, *HUB_ERRORS):
+    with as_input_error(ImportError, *HUB_ERRORS):
         return XGradTrainer(
             model=model,
             args=args,

@@ -24,7 +24,7 @@ from transformers.trainer_utils import speed_metrics
 from accelerate_loop import make_accelerator, make_loader, train
 from glue_data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
 from loop_arguments import LoopArguments
-from loop_results import finish, make_repository, record, save_model
+from loop_results import make_repository, record, save_model, write_card
 from pretrained import load_config
 from script_arguments import ModelArguments, RunArguments, ScriptParser, run_script
 from sequence_classification import (
@@ -78,7 +78,7 @@ def fine_tune(
 ) -> dict[str, float]:
     """Do one run, from the initial weights to the files that it leaves, and return its metrics."""
     accelerator = make_accelerator(args)
-    repository = make_repository(args)
+    make_repository(args, model_args.model_name_or_path)
     # The new head is drawn from this: two runs with the same seed start from the same weights.
     set_seed(args.seed)
     model, tokenizer, numbers = make_classifier(model_args, data)
@@ -127,7 +127,8 @@ def fine_tune(
                 logits = _outputs(accelerator, args, model, loaders[split])["logits"]
                 if accelerator.is_main_process:
                     write_classes_or_scores(Path(args.output_dir), logits, data, data_args, numbers, suffix)
-    finish(args, model_args.model_name_or_path, describe_for_card(data_args, args), repository)
+    unwrapped = accelerator.unwrap_model(model)
+    write_card(args, unwrapped, tokenizer, model_args.model_name_or_path, describe_for_card(data_args, args))
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind for its reader: predictions, the comparison of two runs, a plot of their losses."""
+"""What a run leaves behind for its reader: predictions, results, the comparison of two runs."""
 
 import json
 import math
@@ -7,18 +7,9 @@ from pathlib import Path
 from typing import Any
 
 Row = tuple[str, float, float, float]
-# Of the Okabe-Ito palette, which colour-blind readers can tell apart; the kinds of line serve print.
-STYLES = (
-    ("#0072B2", "-"),
-    ("#E69F00", "--"),
-    ("#009E73", "-."),
-    ("#CC79A7", ":"),
-    ("#56B4E9", "-"),
-    ("#D55E00", "--"),
-)
 RESUMED = "train_resumed_at_step"
 # Metrics of a Trainer which do not say how well the model does.
-_BOOKKEEPING = ("_per_second", "_samples", "_tokens", "_runtime", "epoch", "total_flos")
+_BOOKKEEPING = ("_per_second", "_samples", "_tokens", "_runtime", "_preparation_time", "epoch", "total_flos")
 
 
 def steps_text(steps: float | str) -> str:
@@ -93,34 +84,6 @@ def last_logged(history: Iterable[Mapping[str, Any]], name: str) -> float:
     """Return the last value that a run logged under `name`."""
     values = [entry[name] for entry in history if name in entry]
     return float(values[-1]) if values else math.nan
-
-
-def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str) -> None:
-    """Draw the training and evaluation loss of each run over its steps."""
-    figure, panels = new_figure(2)
-    losses = (("loss", "training loss"), ("eval_loss", "evaluation loss"))
-    for panel, (name, label) in zip(panels, losses, strict=True):
-        for (run, history), (color, line) in zip(histories.items(), STYLES, strict=False):
-            points = [(entry["step"], entry[name]) for entry in history if name in entry]
-            panel.plot([step for step, _ in points], [loss for _, loss in points], line, color=color, label=run)
-        panel.set(xlabel="optimizer step", ylabel=f"{label} (nats per sentence)")
-        panel.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-
-
-def new_figure(panels: int) -> tuple[Any, Sequence[Any]]:
-    """Return a figure for a file, and its panels side by side."""
-    # Here, so that scripts which draw nothing do without matplotlib; not pyplot, which wants a screen.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 * panels, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Sequence[Any] = figure.subplots(1, panels, squeeze=False)[0]
-    for panel in axes:
-        panel.grid(alpha=0.3)
-    return figure, axes
 
 
 def _cell(value: str | float | None) -> str:

@@ -13,6 +13,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from hf_xgrad.checkpoints import CheckpointError
+
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 
 
@@ -204,10 +206,10 @@ def _text(value: Any) -> str:
 
 
 def run_script(prog: str, body: Callable[[list[str]], None], arguments: Sequence[str] | None) -> int:
-    """Run a script's body and return its exit status; an InputError becomes one line on stderr and the status 2."""
+    """Run a script's body; wrong input, or a full disk, becomes one line on stderr and the exit status 2."""
     try:
         body(list(sys.argv[1:] if arguments is None else arguments))
-    except InputError as error:
+    except (InputError, CheckpointError) as error:
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

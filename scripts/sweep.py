@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from hf_xgrad import XGradConfig
 from hf_xgrad.arguments import AUTO_STEPS
-from run_results import STYLES, format_table, new_figure, read_json, steps_text, write_json
+from hf_xgrad.plots import STYLES, new_figure
+from run_results import format_table, read_json, steps_text, write_json
 from script_arguments import CONFIG_SUFFIXES, InputError, describe_choices, read_config_file, run_script
 
 PROG = "sweep.py"
@@ -163,7 +164,7 @@ def _plot(values: Values, metric: str, path: Path) -> None:
 
     What "auto" came to has no s to stand over: it is a thin line across.
     """
-    figure, (panel,) = new_figure(1)
+    figure, (panel,) = new_figure(1, width=5)
     settings = _by_setting(values)
     rates = sorted({rate for rate, _ in settings})
     for rate, (color, line) in zip(rates, itertools.cycle(STYLES), strict=False):
@@ -176,7 +177,7 @@ def _plot(values: Values, metric: str, path: Path) -> None:
             panel.axhline(level, linestyle=":", linewidth=1, color=color, label=f"learning rate {rate:g}, s = auto")
     panel.set(xlabel="s (steps predicted ahead; 0: plain optimizer)", ylabel=f"evaluation {metric}")
     panel.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,24 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import datasets
 import transformers
 from accelerate import PartialState
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
+from hf_xgrad.checkpoints import fault, last_checkpoint
+from hf_xgrad.hub import HUB_ERRORS, has_model, push, push_command
+from hf_xgrad.model_card import add_comparison
 from loop_arguments import Optim, make_optimizer, make_schedule
-from run_results import RESUMED, compare, format_comparison, read_json, write_comparison, write_json
+from run_results import RESUMED, compare, format_comparison, read_json, read_log, write_comparison, write_json
 from script_arguments import InputError, RunArguments, ScriptParser, as_input_error, check_positive, one_line
 
 STATE_FILE = "trainer_state.json"
@@ -51,14 +52,7 @@ SHARED_SETTINGS = ("seed", "optim", "learning_rate", "xgrad_steps", "xgrad_rule"
 # A run that ended leaves these; to train into their folder again would overwrite them.
 _FINISHED = ("*.safetensors", "*.bin", "*_results.json", "README.md", "predict_results*.tsv")
 
-# What the Hub, or the way to it, may raise; HTTPError is that of the client which huggingface_hub has.
-HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HTTPError)
-
 logger = logging.getLogger(__name__)
-
-
-class PushError(InputError):
-    """A run is complete, but for its push."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +96,8 @@ def check_run(run_args: RunArguments, args: Any) -> None:
         raise InputError("--use_liger_kernel needs the package liger-kernel, which is not installed")
     if args.resume_from_checkpoint and not run_args.resume:
         raise InputError("--resume_from_checkpoint and --no_resume exclude each other")
+    if args.push_to_hub and not args.do_train and not has_model(args.output_dir):
+        raise InputError(f"--push_to_hub: --output_dir {args.output_dir} holds no model to push: give --do_train")
     if not run_args.baseline:
         return
     if not args.do_train:
@@ -179,31 +175,44 @@ def plan_runs(
 
 
 def do_runs(runs: Sequence[Run], run: Callable[[Any, str | None], dict[str, float]]) -> None:
-    """Do what is planned, and show two runs side by side.
+    """Do what is planned, show two runs side by side, and then push, if asked to.
 
-    `run` gets the arguments of one run and the checkpoint to go on with, and returns its metrics.
+    `run` gets the arguments of one run and the checkpoint to go on with, leaves model, card and results in its folder,
+    and returns its metrics.
     """
-    results, not_pushed = [], None
+    results = []
     main = runs[0]
     for each in runs:
         if len(runs) > 1:
             logger.info("The run with XGrad %s, in %s", "on" if each.args.xgrad else "off", each.folder)
         if each.args.do_train and each.args.process_index == 0:
             write_json(each.folder / SETTINGS_FILE, each.settings)
-        try:
-            results.append(run(each.args, each.checkpoint))
-        except PushError as error:
-            # The push comes last, and does not keep the other run from being done.
-            not_pushed = error
-            results.append(read_json(each.folder / "all_results.json"))
-    if len(runs) > 1 and main.args.process_index == 0:
+        results.append(run(each.args, each.checkpoint))
+    if main.args.process_index != 0:
+        return
+    if len(runs) > 1:
         rows = compare(*results)
-        write_comparison(
-            main.folder / "comparison.json", rows, {name: getattr(main.args, name) for name in SHARED_SETTINGS}
-        )
+        comparison = main.folder / "comparison.json"
+        write_comparison(comparison, rows, {name: getattr(main.args, name) for name in SHARED_SETTINGS})
+        names = ("XGrad", "plain optimizer")
+        histories = {name: read_log(each.folder) for name, each in zip(names, runs, strict=True)}
+        add_comparison(main.folder, read_json(comparison)["metrics"], histories)
         print(format_comparison(rows))
-    if not_pushed is not None:
-        raise not_pushed
+    if main.args.push_to_hub:
+        push_run(main.args)
+
+
+def push_run(args: Any) -> None:
+    """Push what a run has left in its folder; where the Hub cannot be reached or refuses, say how to push it later."""
+    target = {"private": args.hub_private_repo, "revision": getattr(args, "hub_revision", None)}
+    try:
+        commit = push(args.output_dir, args.hub_model_id, token=args.hub_token, **target)
+    except HUB_ERRORS as error:
+        command = push_command(args.output_dir, args.hub_model_id, **target)
+        raise InputError(
+            f"--push_to_hub: {args.output_dir} is complete but not pushed ({one_line(error)}); to push it: {command}"
+        ) from error
+    logger.info("Pushed to %s", commit.repo_url)
 
 
 def baseline_folder(output_dir: str) -> str:
@@ -235,8 +244,8 @@ def _checkpoint(args: Any, run_args: RunArguments, settings: dict[str, Any]) -> 
             raise InputError(f"--no_resume starts over in an empty folder only, but --output_dir {folder} has files")
         return None
     if args.resume_from_checkpoint:
-        return _checked(_given_checkpoint(Path(args.resume_from_checkpoint)), args)
-    checkpoint = _last_checkpoint(folder)
+        return _checked(_given_checkpoint(args.resume_from_checkpoint), args)
+    checkpoint = last_checkpoint(str(folder))
     if checkpoint is not None:
         _checked(checkpoint, args)
         _check_settings(settings, folder)
@@ -263,10 +272,11 @@ def _check_settings(settings: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _given_checkpoint(checkpoint: Path) -> str:
-    if not (checkpoint / STATE_FILE).is_file():
-        raise InputError(f"--resume_from_checkpoint {checkpoint} is not a checkpoint: it has no {STATE_FILE}")
-    return str(checkpoint)
+def _given_checkpoint(checkpoint: str) -> str:
+    reason = fault(checkpoint)
+    if reason is not None:
+        raise InputError(f"--resume_from_checkpoint {checkpoint} is not a checkpoint that is whole: {reason}")
+    return checkpoint
 
 
 def _checked(checkpoint: str, args: Any) -> str:
@@ -276,13 +286,6 @@ def _checked(checkpoint: str, args: Any) -> str:
         other = "a script without the Trainer" if of_loop else "a script with the Trainer"
         raise InputError(f"{checkpoint} was written by {other}: go on with that one, or name a new --output_dir")
     return checkpoint
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    # The state is what the Trainer writes last: a checkpoint without it was cut off.
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    whole = [path for path in whole if path.name.removeprefix("checkpoint-").isdecimal()]
-    return str(max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
@@ -328,10 +331,14 @@ def _load_finished(trainer: Trainer, checkpoint: Path, state: TrainerState) -> d
         checkpoint = Path(best)
     logger.info("Training is complete in %s (step %d): nothing left to train", checkpoint, state.global_step)
     _load_weights(trainer.model, checkpoint)
-    trainer.state = state
     results = Path(str(trainer.args.output_dir))
+    has_state = (results / STATE_FILE).is_file()
+    # That of the folder has the end of the training, too.
+    trainer.state = TrainerState.load_from_json(str(results / STATE_FILE)) if has_state else state
+    # The card says which one it was.
+    trainer.create_optimizer()
     trainer.save_model(_internal_call=True)
-    if not (results / STATE_FILE).is_file():
+    if not has_state:
         trainer.save_state()
     return read_json(results / "train_results.json")
 
@@ -354,28 +361,15 @@ def record(trainer: Trainer, kind: str, metrics: dict[str, float]) -> dict[str, 
     return metrics
 
 
-def finish(trainer: Trainer, card: dict[str, Any]) -> None:
-    """Write the card of a trained model and only then push, if asked to; all results are in the folder by now."""
-    if trainer.args.do_train:
-        # A new model has no name, which the card would make a link of; one with the name of a folder gets none.
-        model: Any = trainer.model
-        model.config._name_or_path = model.config._name_or_path or str(trainer.args.output_dir)
-        if hasattr(model, "peft_config"):
-            # peft rewrites the tags of the card, from those of the model.
-            model.get_base_model().add_model_tags(card["tags"])
-        trainer.create_model_card(**card)
+def write_card(trainer: Trainer, card: dict[str, Any]) -> None:
+    """Write the card of a trained model."""
+    if not trainer.args.do_train:
+        return
     if trainer.args.push_to_hub:
-        with pushing(trainer.args.output_dir, trainer.hub_model_id):
-            trainer.push_to_hub(**card)
-
-
-@contextmanager
-def pushing(folder: Any, repository: str | None) -> Iterator[None]:
-    """`with` this: where the Hub cannot be reached or refuses, say how to push later what was trained."""
-    try:
-        yield
-    except HUB_ERRORS as error:
-        command = f"hf upload {repository} {folder} . --exclude 'checkpoint-*'"
-        raise PushError(
-            f"--push_to_hub: {folder} is complete but not pushed ({one_line(error)}); to push it: {command}"
-        ) from error
+        # Trackers may have something to add to what is pushed.
+        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    model: Any = trainer.model
+    if hasattr(model, "peft_config"):
+        # peft rewrites the tags of the card, from those of the model.
+        model.get_base_model().add_model_tags(card["tags"])
+    trainer.create_model_card(**card)

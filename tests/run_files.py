@@ -3,10 +3,16 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import trainer as transformers_trainer
+
+import loop_results
+from hf_xgrad import hub
 
 WORDS = ("the", "a", "boy", "girl", "dog", "sees", "likes", "runs", "sleeps", "and", "or", "but", "never", "often")
 # The Trainer of the language models counts the tokens of its input, the loop does not.
@@ -37,3 +43,22 @@ def write_texts(folder: Path) -> tuple[str, ...]:
         lines = (" ".join(draw.choices(WORDS, k=draw.randint(2, 12))) for _ in range(count))
         (folder / f"{name}.txt").write_text("\n".join(lines))
     return ("--train_file", str(folder / "train.txt"), "--validation_file", str(folder / "validation.txt"))
+
+
+def with_hub(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> list[Any]:
+    """Put these methods in place of the Hub's; return the tokens that it will be given."""
+    tokens: list[Any] = []
+
+    def create(name: str, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    stand_in = SimpleNamespace(**{"create_repo": create, **methods})
+
+    def api(token: str | None) -> SimpleNamespace:
+        tokens.append(token)
+        return stand_in
+
+    monkeypatch.setattr(transformers_trainer, "hf_api", lambda: stand_in)
+    for module in (hub, loop_results):
+        monkeypatch.setattr(module, "HfApi", api)
+    return tokens

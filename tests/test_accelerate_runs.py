@@ -25,8 +25,10 @@ import run_glue_no_trainer
 import tiny_models
 from acceptability import make_config, make_rows, make_tokenizer, write_rows
 from hf_xgrad import WeightPredictor, XGradTrainer, XGradTrainingArguments
+from hf_xgrad.model_card import TAGS
 from loop_arguments import LoopArguments, make_optimizer
-from run_files import history, read, same_weights, untimed
+from run_files import history, read, same_weights, untimed, with_hub
+from run_results import write_json
 from script_arguments import ScriptParser
 
 TRAIN, VALIDATION = make_rows(20, 12, seed=0)
@@ -306,26 +308,25 @@ def test_everything_is_written_before_the_one_push(
 ) -> None:
     done: list[tuple[str, Any]] = []
 
-    class FakeApi:
-        def __init__(self, token: str | None) -> None:
-            assert token == "secret"
-
-        def create_repo(self, repo_id: str, **settings: Any) -> SimpleNamespace:
+    def create(repo_id: str, **settings: Any) -> SimpleNamespace:
+        if not done:
             assert not (tmp_path / "out" / "trainer_state.json").exists()
-            done.append((repo_id, settings))
-            return SimpleNamespace(repo_id=f"me/{repo_id}")
+        done.append((repo_id, settings))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
 
-        def upload_folder(self, *, repo_id: str, folder_path: str, ignore_patterns: list[str], **_: Any) -> None:
-            done.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
-            assert "checkpoint-*" in ignore_patterns
+    def upload(*, repo_id: str, folder_path: Path, ignore_patterns: list[str], **_: Any) -> SimpleNamespace:
+        done.append((repo_id, {path.name for path in folder_path.iterdir()}))
+        assert "checkpoint-*" in ignore_patterns
+        return SimpleNamespace(repo_url="there")
 
-    monkeypatch.setattr(loop_results, "HfApi", FakeApi)
+    tokens = with_hub(monkeypatch, create_repo=create, upload_folder=upload)
     named = () if name is None else ("--hub_model_id", name)
     run(*files, *SHARED, "--max_steps", "2", "--do_predict", "--test_file", files[-1], "--baseline", "--push_to_hub",
         *named, "--hub_token", "secret", "--hub_private_repo", "true",
         "--output_dir", str(tmp_path / "out"))  # fmt: skip
-    created, pushed = done
-    assert created == (name or "out", {"private": True, "exist_ok": True})
+    *created, pushed = done
+    assert created == [(name or "out", {"private": True, "exist_ok": True})] * 2
+    assert tokens == ["secret", "secret"]
     assert pushed[0] == f"me/{name or 'out'}"
     kinds = ("all", "train", "eval")
     wanted = {"README.md", "model.safetensors", "predict_results.tsv", *(f"{kind}_results.json" for kind in kinds)}
@@ -339,7 +340,7 @@ def test_a_hub_that_refuses_is_one_line_before_any_training(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no token\nanywhere")
 
-    monkeypatch.setattr(loop_results.HfApi, "create_repo", refuse)
+    with_hub(monkeypatch, create_repo=refuse)
     monkeypatch.setattr(run_glue_no_trainer, "train", lambda *_, **__: pytest.fail("trained"))
     flags = [*files, *SHARED, "--push_to_hub", "--output_dir", str(tmp_path / "out"), *QUIET]
     assert run_glue_no_trainer.main(flags) == 2
@@ -351,19 +352,22 @@ def test_the_card(tmp_path: Path, base: str | None, named: str | None, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "all_results.json").write_text('{"eval_accuracy": 0.75}')
+    write_json(tmp_path / "trainer_state.json", {"log_history": [{"step": 1, "loss": 0.5, "xgrad/cosine": 0.25}]})
     args = LoopArguments(output_dir=str(tmp_path), do_train=True, xgrad_steps=2.0)
     card = {"tasks": "text-classification", "tags": ["xgrad"], "dataset": "GLUE MRPC", "dataset_tags": "nyu-mll/glue"}
-    loop_results.finish(args, base, card, None)
+    loop_results.write_card(args, tiny_models.bert(), None, base, card)
     written = ModelCard.load(tmp_path / "README.md")
     assert written.data.base_model == named
     assert written.data.pipeline_tag == "text-classification"
     assert written.data.library_name == "transformers"
-    assert (written.data.datasets, written.data.tags) == ("nyu-mll/glue", ["xgrad"])
+    assert (written.data.datasets, written.data.tags) == ("nyu-mll/glue", [*TAGS])
     assert written.data.license is None
-    assert "| eval_accuracy | 0.75 |" in written.text
-    assert "on GLUE MRPC with XGrad weight prediction (arXiv 2305.18240; s = 2, rule auto)" in written.text
-    assert written.text.count("Fine-tuned from team/model") == (named is not None)
-    assert "from here" not in written.text
+    for line in ("| eval_accuracy | 0.75 |", "| steps predicted ahead, s | 2 |", "| rule | closed form of AdamW |"):
+        assert line in written.text
+    assert "rained on GLUE MRPC, in a loop under Accelerate." in written.text
+    assert written.text.count("fine-tuned version of [team/model]") == (named is not None)
+    assert "here](" not in written.text
+    assert f'BertForSequenceClassification.from_pretrained("{tmp_path.name}")' in written.text
 
 
 def test_trackers_get_settings_and_log(

@@ -96,6 +96,7 @@ def test_missing_packages(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         (["optimizers", "--optim", "adamw_troch"], "adamw_torch"),
         (["optimizers", "--optim", "sgd", "nothing"], "nothing"),
         (["optimizers", "no such text"], "no such text"),
+        (["plot", "no_such_run"], "no_such_run: no such file or folder"),
     ],
 )
 def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], culprit: str) -> None:
@@ -106,7 +107,13 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: 
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["optimisers"], ["optimizers", "text", "--optim", "sgd"], ["env", "more"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], ["optimisers"], ["optimizers", "text", "--optim", "sgd"], ["env", "more"]),
+        *(["plot"], ["plot", "run", "--json"], ["plot", "run", "-o"]),
+    ],
+)
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         command_line.main(arguments)

@@ -27,7 +27,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers import trainer as transformers_trainer
 
 import language_data
 import language_modeling
@@ -40,6 +39,7 @@ from language_batches import CausalCollator, MaskingCollator
 from language_data import BlockCutter
 from language_modeling import LanguageModelTrainer, parse_flags, sample_text
 from language_models import LanguageModelArguments
+from run_files import with_hub
 from script_arguments import ScriptParser
 from tiny_models import gpt2
 
@@ -664,12 +664,12 @@ def test_data_and_model_of_the_hub_and_one_push_of_everything(
             train=Dataset.from_dict({"text": TRAIN}), validation=Dataset.from_dict({"text": VALIDATION})
         )
 
-    def upload(*, folder_path: str, repo_id: str, **settings: Any) -> None:
+    def upload(*, folder_path: str, repo_id: str, **settings: Any) -> SimpleNamespace:
         pushed.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
+        return SimpleNamespace(repo_url="there")
 
-    fake = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=f"me/{name}"), upload_folder=upload)
     monkeypatch.setattr(language_data.datasets, "load_dataset", load)
-    monkeypatch.setattr(transformers_trainer, "hf_api", lambda: fake)
+    with_hub(monkeypatch, upload_folder=upload)
     out = tmp_path / "out"
     run(script, "--model_name_or_path", str(pretrained), "--dataset_name", "me/texts", "--dataset_config_name", "raw",
         "--cache_dir", "c", "--token", "t", script.length, "16", *SHORT[:2], "--save_steps", "1", "--do_train",

@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, PreTrainedTokenizerFast
-from transformers import trainer as transformers_trainer
 
 import glue_data
 import run_glue
@@ -25,6 +24,7 @@ import text_datasets
 from acceptability import make_config, make_rows, make_tokenizer, write_rows
 from glue_tasks import TASKS
 from hf_xgrad import XGradTrainer
+from run_files import with_hub
 
 TRAIN, VALIDATION = make_rows(20, 12, seed=0)
 QUIET = ("--disable_tqdm", "true", "--use_cpu", "--dataloader_pin_memory", "false", "--max_seq_length", "32")
@@ -572,21 +572,21 @@ def test_everything_is_written_before_the_one_push(
 ) -> None:
     pushed: list[tuple[str, set[str]]] = []
 
-    def upload(*, folder_path: str, repo_id: str, **settings: Any) -> None:
+    def upload(*, folder_path: str, repo_id: str, **settings: Any) -> SimpleNamespace:
         pushed.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
+        return SimpleNamespace(repo_url="there")
 
-    def create(name: str, **settings: Any) -> SimpleNamespace:
-        return SimpleNamespace(repo_id=f"me/{name}")
-
-    fake = SimpleNamespace(create_repo=create, upload_folder=upload)
-    monkeypatch.setattr(transformers_trainer, "hf_api", lambda: fake)
+    with_hub(monkeypatch, upload_folder=upload)
     run(*new_model(model), *data, "--test_file", data[-1], *SHORT[:2], "--save_steps", "1", "--do_train", "--do_eval",
         "--do_predict", "--baseline", "--push_to_hub", "--output_dir", str(tmp_path / "out"))  # fmt: skip
     assert [repo for repo, _ in pushed] == ["me/out"]
     files = ("all", "train", "eval")
     wanted = {"README.md", "model.safetensors", "predict_results.tsv", *(f"{kind}_results.json" for kind in files)}
     assert wanted <= pushed[0][1]
+    assert {"comparison.json", "training_curves.png"} <= pushed[0][1]
     assert not any("baseline" in name for name in pushed[0][1])
+    assert "## XGrad beside the plain optimizer" in (tmp_path / "out" / "README.md").read_text()
+    assert "beside" not in (tmp_path / "out-baseline" / "README.md").read_text()
 
 
 # What cannot be run

@@ -9,7 +9,6 @@ from run_results import (
     format_comparison,
     format_table,
     last_logged,
-    plot_losses,
     read_json,
     write_comparison,
     write_predictions,
@@ -63,9 +62,3 @@ def test_metrics_of_a_run_that_left_none(tmp_path: Path) -> None:
 def test_the_last_logged_value() -> None:
     assert last_logged([{"loss": 2.0}, {"loss": 1.0}, {"eval_loss": 3.0}], "loss") == 1.0
     assert math.isnan(last_logged([], "loss"))
-
-
-def test_losses_are_plotted(tmp_path: Path) -> None:
-    history = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.5}]
-    plot_losses({"XGrad": history, "plain": history}, tmp_path / "loss.png", "title")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -4,20 +4,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import HTTPError
-from transformers import trainer as transformers_trainer
 
 import language_modeling
-import loop_results
 import run_clm
 import run_clm_no_trainer
-from run_files import history, read, same_weights, write_texts
+from run_files import history, read, same_weights, with_hub, write_texts
 from run_results import write_json
 
 MODEL = ("--model_type", "gpt2", "--new_tokenizer_size", "270", "--block_size", "13", "--config_overrides",
@@ -90,6 +88,16 @@ def test_a_run_that_was_killed_at_its_end_gets_its_files(
     assert [entry for entry in history(tmp_path) if "eval_loss" in entry or "loss" in entry] == before[:-1]
     for name in ("eval_loss", "eval_perplexity_at_start"):
         assert read(tmp_path / "eval_results.json")[name] == evaluated[name]
+
+
+def test_the_card_of_a_run_that_is_only_finished_again_is_the_same(tmp_path: Path, texts: tuple[str, ...]) -> None:
+    common = (*SHARED, *texts, "--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", str(tmp_path))
+    run(run_clm, *common)
+    card = (tmp_path / "README.md").read_text()
+    assert "| rule | closed form of AdamW |" in card
+    assert "### Training results" in card
+    run(run_clm, *common)
+    assert (tmp_path / "README.md").read_text() == card
 
 
 OTHER = {
@@ -271,13 +279,6 @@ def test_schedules_and_optimizers_of_the_trainer_alone_are_not_refused(
 # Pushing
 
 
-def with_hub(monkeypatch: pytest.MonkeyPatch, **methods: Any) -> None:
-    """Put a Hub in place of the real one, for both."""
-    hub = {"create_repo": lambda name, **_: SimpleNamespace(repo_id=f"me/{name}"), **methods}
-    monkeypatch.setattr(transformers_trainer, "hf_api", lambda: SimpleNamespace(**hub))
-    monkeypatch.setattr(loop_results, "HfApi", lambda token: SimpleNamespace(**hub))
-
-
 @pytest.mark.parametrize("error", [OSError, HTTPError])
 def test_a_push_that_fails_costs_nothing_else(
     tmp_path: Path,
@@ -293,7 +294,9 @@ def test_a_push_that_fails_costs_nothing_else(
     with_hub(monkeypatch, upload_folder=upload)
     out = tmp_path / "out"
     said = refused(script, capsys, *SHARED, *texts, "--baseline", "--push_to_hub", "--output_dir", str(out))
-    assert said.startswith(f"--push_to_hub: {out} is complete but not pushed (no route); to push it: hf upload me/out")
+    assert said == (
+        f"--push_to_hub: {out} is complete but not pushed (no route); to push it: python -m hf_xgrad push {out}"
+    )
     for folder in (out, tmp_path / "out-baseline"):
         assert {"README.md", "model.safetensors", "eval_results.json"} <= {path.name for path in folder.iterdir()}
     compared = read(out / "comparison.json")["metrics"]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -22,6 +23,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrai
 
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradMixin, XGradTrainer
+from hf_xgrad.model_card import CARD_NAME, TAGS
 from reference import predicted_weights
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install 'hf_xgrad[trl]'")
@@ -445,3 +447,29 @@ def test_an_engine_is_nothing_to_a_trainer_that_does_not_predict(tmp_path: Path)
     XGradTrainer(model=tiny.gpt2(), args=args, xgrad_config=XGradConfig(enabled=False))
     with pytest.raises(ValueError, match="use_vllm"):
         XGradTrainer(model=tiny.gpt2(), args=args)
+
+
+# ---- the model card ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trls_card_is_completed(method: Method, tmp_path: Path) -> None:
+    trainer = make(method, tmp_path, XGradConfig(steps=2.0))
+    trainer.train()
+    method.trainer.create_model_card(trainer, model_name="x")
+    trls = (tmp_path / CARD_NAME).read_text(encoding="utf-8")
+    trainer.create_model_card(model_name="x")
+    card = (tmp_path / CARD_NAME).read_text(encoding="utf-8")
+    _, head, text = card.split("---\n", 2)
+    metadata, own = yaml.safe_load(head), yaml.safe_load(trls.split("---\n", 2)[1])
+    assert set(own["tags"]) | set(TAGS) == set(metadata["tags"])
+    assert "base_model" not in metadata
+    assert "| steps predicted ahead, s | 2 |" in text
+    assert text.index("## Quick start") < text.index("## Training procedure")
+    # What TRL says of its own paper stays, and ours comes after it.
+    assert text.count("guan2024xgrad") == text.count("## Citations") == 1
+    assert "## How to use" not in text
+    assert "This model was trained from scratch." in text
+    rest = iter(text.splitlines())
+    kept = [line for line in trls.split("---\n", 2)[2].splitlines() if line.strip() and "None" not in line]
+    assert all(line in rest for line in kept)

@@ -1,0 +1,369 @@
+"""Checkpoints on the disk: which of them are whole, XGrad's own file in them, and errors of writing them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import distributed as dist
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from hf_xgrad.prediction import WeightPredictor
+
+logger = logging.get_logger(__name__)
+
+# Of the Trainer: the one it writes last, and the one that its just-in-time checkpoint keeps there until then.
+STATE_NAME = "trainer_state.json"
+INCOMPLETE_NAME = "checkpoint-is-incomplete.txt"
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+# Files of tensors, and those among them (or folders of them) that hold no weights.
+_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".distcp")
+_NO_WEIGHTS = re.compile(
+    r"xgrad|optimizer|scheduler|scaler|rng_state|training_args|random_states|sampler|dl_state_dict|custom_checkpoint"
+)
+_ZIP = b"PK\x03\x04"
+
+_XGRAD_STATE = "xgrad"
+_XGRAD_STATE_FILE = re.compile(rf"{_XGRAD_STATE}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+_STEPS_PREFIX = "steps."
+_METADATA = {"holds", "lrs"}
+
+# What a disk answers without naming a file.
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+_OF_TORCH = re.compile(r"inline_container|PytorchStreamWriter|iostream error|Parent directory .* does not exist")
+# Less than this is free where torch, which does not tell the cause, has filled a disk.
+_FULL = 2**20
+
+
+# ---- whole checkpoints ----
+
+
+def checkpoint_to_resume(given: str | os.PathLike[str] | bool, output_dir: str) -> str | os.PathLike[str] | bool:
+    """What `train(resume_from_checkpoint=given)` goes on from; to be called on every process.
+
+    Args:
+        given: a checkpoint, or True for the last whole one in `output_dir`.
+
+    Returns:
+        the checkpoint; True where there is none at all, for the Trainer to say so.
+
+    Raises:
+        ValueError: `given` is not whole, or none is.
+    """
+    if given is not True:
+        # XGrad's own file is judged as it is read, if it is.
+        reason = _of_any(fault(str(given), own=False))
+        if reason is None:
+            return given
+        last, _ = _search(os.path.dirname(os.path.abspath(str(given))))
+        way_out = f"The last whole one beside it is {last}." if last else "There is no whole one beside it."
+        raise ValueError(
+            f"XGrad: resume_from_checkpoint={str(given)!r} is not a whole checkpoint: {reason}. {way_out}"
+        )
+    last, skipped = _search(output_dir)
+    if last is None and skipped:
+        reasons = "; ".join(f"{os.path.basename(path)}: {reason}" for path, reason in skipped.items())
+        raise ValueError(
+            f"XGrad: no checkpoint in {output_dir} is whole ({reasons}). Train from the start "
+            "(resume_from_checkpoint=None), or name another checkpoint."
+        )
+    _warn_of(skipped)
+    return True if last is None else last
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The last whole checkpoint of a run, with a warning for each later one; to be called on every process."""
+    last, skipped = _search(output_dir)
+    _warn_of(skipped)
+    return last
+
+
+def _warn_of(skipped: Mapping[str, str]) -> None:
+    if not _is_distributed() or dist.get_rank() == 0:
+        for path, reason in skipped.items():
+            logger.warning(f"XGrad: {path} is skipped, as it is not a whole checkpoint: {reason}.")
+
+
+def _search(output_dir: str) -> tuple[str | None, dict[str, str]]:
+    """The last checkpoint that is whole, and why each later one is not.
+
+    Every process looks for itself, as each may have a disk of its own, and what one finds counts for all: they have
+    to go on from the same step. The names are those that the first process sees, for the others to keep in step.
+    """
+    skipped: dict[str, str] = {}
+    for path in _of_all(_checkpoints(output_dir))[0]:
+        reason = _of_any(fault(path))
+        if reason is None:
+            return path, skipped
+        skipped[path] = reason
+    return None, skipped
+
+
+def _checkpoints(output_dir: str) -> list[str]:
+    """Folders of checkpoints, the last one first."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    steps = {name: int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))}
+    paths = [os.path.join(output_dir, name) for name in sorted(steps, key=steps.__getitem__, reverse=True)]
+    return [path for path in paths if os.path.isdir(path)]
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _of_all(value: Any) -> list[Any]:
+    """`value` of every process."""
+    if not _is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _of_any(reason: str | None) -> str | None:
+    """The first process's reason that has one."""
+    return next(filter(None, _of_all(reason)), None)
+
+
+def fault(checkpoint: str, *, own: bool = True) -> str | None:
+    """Why a checkpoint of the Trainer or of a loop is not whole; None where it is.
+
+    A whole one was written to its end, and is all there: its state, weights, and the other parts that its files say
+    it has. Looked at are names, headers and ends of files, never tensors, so that it is quick.
+
+    Args:
+        checkpoint: the folder.
+        own: whether to look at XGrad's own files in it.
+    """
+    if not os.path.isdir(checkpoint):
+        return "there is no such folder"
+    return next(_faults(Path(checkpoint), own), None)
+
+
+def _faults(checkpoint: Path, own: bool) -> Iterator[str]:
+    if (checkpoint / INCOMPLETE_NAME).exists():
+        yield f"it was being written when its run ended, as {INCOMPLETE_NAME} says"
+    if not (checkpoint / STATE_NAME).exists():
+        yield f"it has no {STATE_NAME}, which is written last"
+    files = sorted(Path(folder) / name for folder, _, names in os.walk(checkpoint) for name in names)
+    for path in files:
+        if own or not _XGRAD_STATE_FILE.fullmatch(path.name):
+            try:
+                reason = _fault_of_file(path)
+            except OSError as error:
+                reason = f"cannot be read ({error.strerror or error})"
+            if reason is not None:
+                yield f"{path.relative_to(checkpoint)} {reason}"
+    names = [path.relative_to(checkpoint) for path in files]
+    if not any(p.suffix in _TENSORS and not any(map(_NO_WEIGHTS.match, p.parts)) for p in names):
+        yield "it has no weights"
+    # The Trainer takes up neither without the other, and says nothing.
+    has_optimizer = any(name.parts[0].startswith(("optimizer", "global_step")) for name in names)
+    if (checkpoint / "scheduler.pt").exists() and not has_optimizer:
+        yield "it has a scheduler.pt, but no optimizer's state"
+    if (checkpoint / "optimizer.pt").exists() and not (checkpoint / "scheduler.pt").exists():
+        yield "it has an optimizer.pt, but no scheduler.pt"
+    for folder in sorted({path.parent for path in files if path.suffix == ".distcp"}):
+        if not (folder / ".metadata").is_file():
+            yield f"{folder.name} has no .metadata, which is written last"
+    latest = checkpoint / "latest"  # DeepSpeed's
+    if latest.is_file():
+        tag = latest.read_text(errors="replace").strip()
+        if not (checkpoint / tag).is_dir():
+            yield f"it has no folder {tag!r}, which `latest` names"
+
+
+def _fault_of_file(path: Path) -> str | None:
+    """What is wrong with a file of a kind that checkpoints have; nothing is with others."""
+    if path.suffix != ".json" and path.suffix not in _TENSORS:
+        return None
+    if not path.is_file():
+        return "is not a file, or a link to none"
+    if path.suffix == ".json":
+        return _fault_of_json(path)
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                return None
+        except SafetensorError as error:
+            return f"is cut off or damaged ({error})"
+    with path.open("rb") as file:
+        start = file.read(len(_ZIP))
+    if not start.strip(b"\0"):
+        return "is empty"
+    # Only what begins as torch's zip files do: there are older kinds, and others of these names.
+    return "is cut off" if _ZIP.startswith(start) and not zipfile.is_zipfile(path) else None
+
+
+def _fault_of_json(path: Path) -> str | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        # A second document after the first, as in a log of one JSON to the line, is nothing that was cut off.
+        if getattr(error, "msg", None) == "Extra data" and path.name != STATE_NAME:
+            return None
+        return f"is not JSON ({error})"
+    if path.name == STATE_NAME and not (isinstance(content, dict) and isinstance(content.get("global_step"), int)):
+        return "has no global_step"
+    if path.name.endswith(".index.json"):
+        weights = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weights, dict):
+            return "has no weight_map"
+        missing = sorted({str(name) for name in weights.values() if not (path.parent / str(name)).is_file()})
+        if missing:
+            return f"names files that are not there: {', '.join(missing[:3])}"
+    return None
+
+
+# ---- writing ----
+
+
+class CheckpointError(OSError):
+    """A checkpoint or a model could not be written; the message says why, and what there is to go on from."""
+
+
+@contextmanager
+def writing(folder: str, output_dir: str) -> Iterator[None]:
+    """`with` this: what a disk refuses becomes a `CheckpointError` of one line; other errors pass.
+
+    Args:
+        folder: what is written.
+        output_dir: where the run's checkpoints are, if `folder` is not among them itself.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = _free_bytes(folder)
+        reason = _reason(error, free)
+        if reason is None:
+            raise
+        if _CHECKPOINT.fullmatch(os.path.basename(folder)):
+            output_dir = os.path.dirname(folder)
+        # Not _search: the other processes are elsewhere.
+        last = next((path for path in _checkpoints(output_dir) if fault(path) is None), None)
+        way_out = (
+            f"Earlier checkpoints are untouched: with that mended, resuming goes on from {last}."
+            if last is not None
+            else f"There is no whole checkpoint in {output_dir} to resume from."
+        )
+        raise CheckpointError(
+            f"XGrad: {folder} could not be written: {reason} ({free:,} bytes free). {way_out}"
+        ) from error
+
+
+def _reason(error: Exception, free: int) -> str | None:
+    """What the disk, or the way to it, had against a file; None for errors of other kinds."""
+    if isinstance(error, CheckpointError):
+        return None
+    if isinstance(error, OSError):
+        # What the network raises names no file.
+        if error.filename is None:
+            return error.strerror if error.errno in _OF_DISKS else None
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, SafetensorError):
+        match = re.search(r"I/O error: (.*?)(?: \(os error \d+\).*)?$", str(error))
+        return match[1] if match else None
+    if not _OF_TORCH.search(str(error)):
+        return None
+    cause = os.strerror(errno.ENOSPC) if free < _FULL else "a file could not be written to its end"
+    return f"{cause} ({' '.join(str(error).split())})"
+
+
+def _free_bytes(folder: str) -> int:
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
+
+
+def begin_writing(checkpoint: str) -> None:
+    """Marks what may be there already as not whole, until its state is written anew, which comes last."""
+    for name in (STATE_NAME, INCOMPLETE_NAME):
+        Path(checkpoint, name).unlink(missing_ok=True)
+
+
+# ---- XGrad's own file ----
+
+
+def state_name(process: Sequence[int] | None) -> str:
+    """Name of a predictor's file in a checkpoint; of sharded weights each process `(rank, processes)` has one."""
+    part = "" if process is None else f"-{process[0] + 1:05d}-of-{process[1]:05d}"
+    return f"{_XGRAD_STATE}{part}.safetensors"
+
+
+def state_names(checkpoint: str) -> list[str]:
+    """Names of all such files in a checkpoint."""
+    names = os.listdir(checkpoint) if os.path.isdir(checkpoint) else []
+    return sorted(filter(_XGRAD_STATE_FILE.fullmatch, names))
+
+
+def write_state(state: Mapping[str, Any], checkpoint: str) -> None:
+    """Writes what a predictor's `state_dict` gave, all of it or nothing."""
+    tensors = {name: weight.contiguous() for name, weight in state.get("weights", {}).items()}
+    tensors |= {f"{_STEPS_PREFIX}{name}": tensor for name, tensor in state.get("steps", {}).items()}
+    metadata = {"holds": state["holds"], "lrs": json.dumps(state["lrs"])} if "holds" in state else None
+    path = Path(checkpoint, state_name(state.get("process")))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Whatever has the name is replaced, even a link, which is not followed.
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.unlink(missing_ok=True)
+    save_file(tensors, unfinished, metadata)
+    unfinished.replace(path)
+
+
+def load_state(predictor: WeightPredictor, checkpoint: str) -> set[str]:
+    """Gives a predictor what a checkpoint has for it, and returns which keys of its `state_dict` those were.
+
+    Raises:
+        ValueError: the file cannot be used; nothing was loaded.
+    """
+    process = predictor.process
+    path = Path(checkpoint, state_name(process))
+    if not os.path.lexists(path):
+        return set()
+    try:
+        _check_place(path)
+        state = _read_state(path) | ({"process": process} if process else {})
+        predictor.load_state_dict(state)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"XGrad: {path} cannot be used ({' '.join(str(error).split())}). Resume from another checkpoint, or "
+            "remove the file: the prediction then starts anew."
+        ) from error
+    return set(state)
+
+
+def _check_place(path: Path) -> None:
+    """Refuses what is no file, or a link out of the checkpoint; those of the Hub's cache lead to its blobs."""
+    real, folder = path.resolve(), path.parent.resolve()
+    places = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
+    if not any(real.is_relative_to(place) for place in places):
+        raise ValueError(f"it is a link out of the checkpoint, to {real}")
+    if not real.is_file():
+        raise ValueError("it is not a file")
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The state of a predictor, as `write_state` wrote it; what is in it is for the predictor to judge."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    steps = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_STEPS_PREFIX)}
+    state: dict[str, Any] = {}
+    if tensors or metadata:
+        if set(metadata) != _METADATA:
+            raise ValueError(f"its metadata are {sorted(metadata)}, not {sorted(_METADATA)}")
+        state |= {"holds": metadata["holds"], "lrs": json.loads(metadata["lrs"]), "weights": tensors}
+    if steps:
+        state["steps"] = {name.removeprefix(_STEPS_PREFIX): tensor for name, tensor in steps.items()}
+    return state
