@@ -191,12 +191,12 @@ def plot(arguments: argparse.Namespace) -> None:
 
 
 def push(arguments: argparse.Namespace) -> None:
-    from hf_xgrad.hub import HUB_ERRORS, push
+    from hf_xgrad.hub import PUSH_ERRORS, push
 
     target = {name: getattr(arguments, name) for name in ("hub_model_id", "private", "revision")}
     try:
         commit = push(arguments.folder, **target)
-    except HUB_ERRORS as error:
+    except PUSH_ERRORS as error:
         raise InputError(f"{arguments.folder} was not pushed: {' '.join(str(error).split())}") from error
     print(commit.repo_url)
 

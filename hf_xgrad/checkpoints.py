@@ -42,6 +42,7 @@ _METADATA = {"holds", "lrs"}
 
 # What a disk answers without naming a file.
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+_OF_SAFETENSORS = re.compile(r"(?:\(os error |Os \{ code: )(\d+)")
 _OF_TORCH = re.compile(r"inline_container|PytorchStreamWriter|iostream error|Parent directory .* does not exist")
 # Less than this is free where torch, which does not tell the cause, has filled a disk.
 _FULL = 2**20
@@ -265,16 +266,14 @@ def writing(folder: str, output_dir: str) -> Iterator[None]:
 
 def _reason(error: Exception, free: int) -> str | None:
     """What the disk, or the way to it, had against a file; None for errors of other kinds."""
-    if isinstance(error, CheckpointError):
-        return None
     if isinstance(error, OSError):
-        # What the network raises names no file.
+        # What the network raises names no file, and nor does a CheckpointError from within.
         if error.filename is None:
             return error.strerror if error.errno in _OF_DISKS else None
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, SafetensorError):
-        match = re.search(r"I/O error: (.*?)(?: \(os error \d+\).*)?$", str(error))
-        return match[1] if match else None
+        code = _OF_SAFETENSORS.search(str(error))
+        return os.strerror(int(code[1])) if code else None
     if not _OF_TORCH.search(str(error)):
         return None
     cause = os.strerror(errno.ENOSPC) if free < _FULL else "a file could not be written to its end"

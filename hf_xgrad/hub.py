@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
@@ -12,10 +13,27 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 # What the Hub, or the way to it, may raise; HTTPError is that of the client which huggingface_hub has, ValueError is
 # how it says that a card was rejected.
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HTTPError, ValueError)
+# As RuntimeError it wraps whatever came of the upload of a large file.
+PUSH_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, RuntimeError)
 
 # Checkpoints, event files and what is only of use to go on with the run where it was.
 _NOT_PUSHED = ("checkpoint-*", "runs/*", "_*", "xgrad_settings.json")
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
+
+
+class UnsavedToken(str):
+    """A token that stays out of what is saved: pickled with the arguments of a run (training_args.bin), it is None."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()
+
+    def __copy__(self) -> UnsavedToken:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnsavedToken:
+        return self
 
 
 def has_model(folder: str | os.PathLike[str]) -> bool:
@@ -48,6 +66,7 @@ def push(
     Raises:
         ValueError: `folder` holds no model, or the Hub rejects the metadata of its card.
         OSError: the Hub cannot be reached, or refuses.
+        RuntimeError: the upload of a large file broke off.
     """
     folder = Path(folder)
     if not has_model(folder):

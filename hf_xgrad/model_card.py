@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,11 +119,11 @@ def base_model_of(model: Any) -> str | None:
 @contextmanager
 def naming_hub_models_only(model: Any) -> Iterator[None]:
     """`with` this: a card that is written does not name, nor link to, a base model that is not on the Hub."""
-    config = getattr(model, "config", None)
-    if config is None or is_hub_id(base_model_of(model)):
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "_name_or_path") or is_hub_id(base_model_of(model)):
         yield
         return
-    name = getattr(config, "_name_or_path", None)
+    name = config._name_or_path
     # A folder is what both Transformers and TRL leave out; of no name at all the former makes an empty link.
     config._name_or_path = os.curdir
     try:
@@ -197,13 +197,13 @@ def add_comparison(
             *("", _picture(Path(folder), histories)),
         ]
     )
-    sections = {title: section for title, section in _sections(text).items() if title not in (_COMPARISON, _CURVES)}
-    order: dict[str, str] = {}
-    for title, section in sections.items():
-        order[title] = section
-        if title == "XGrad":
-            order[_COMPARISON] = f"## {_COMPARISON}\n\n{body.rstrip()}\n"
-    _write(path, card, order.values())
+    section = f"## {_COMPARISON}\n\n{body.rstrip()}\n"
+    sections = _sections(text)
+    titles = list(sections)
+    taken = next((title for title in (_COMPARISON, _CURVES) if title in sections), None)
+    before = titles.index(taken) if taken is not None else titles.index("XGrad") + 1 if "XGrad" in titles else 1
+    others = [text for title, text in sections.items() if title != taken]
+    _write(path, card, [*others[:before], section, *others[before:]])
 
 
 def _mended(trained: TrainedModel) -> Iterator[tuple[str, str]]:
@@ -227,7 +227,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(found[1]) or {}, content[found.end() :]
 
 
-def _write(path: Path, card: dict[str, Any], sections: Any) -> None:
+def _write(path: Path, card: dict[str, Any], sections: Iterable[str]) -> None:
     head = yaml.safe_dump(card, sort_keys=False, allow_unicode=True)
     body = "\n".join(f"{section.strip()}\n" for section in sections)
     path.write_text(f"---\n{head}---\n\n{body}", encoding="utf-8")
@@ -257,6 +257,8 @@ def _valid(card: dict[str, Any], trained: TrainedModel) -> dict[str, Any]:
         else:
             card.pop(key, None)
     tags = [card["tags"]] if isinstance(card.get("tags"), str) else card.get("tags") or []
+    # peft makes a tag of the base model, whatever its name.
+    tags = [tag for tag in tags if not tag.startswith("base_model:") or is_hub_id(tag.rpartition(":")[2])]
     if trained.config.active:
         tags = [*tags, *TAGS]
     if tags:

@@ -24,10 +24,11 @@ _LINES = ("-", "--", "-.", ":")
 STYLES = tuple((_COLORS[i % 7], _LINES[i % 4]) for i in range(28))
 
 _LOSS, _COSINE, _STEPS = "loss", "xgrad/cosine", "xgrad/steps"
+_DPI = 120
 # A panel cannot show more points than this, and a line through all of a noisy log hides where it goes.
 _POINTS = 300
-_DPI = 120
-_FEW_POINTS = 30
+# Up to so many each is marked.
+_FEW_POINTS = 12
 # The greatest number of float32. Axes overflow long before those of Python do.
 _GREATEST = 3.4028234663852886e38
 # Characters of a name, and notes, in a picture.

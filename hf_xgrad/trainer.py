@@ -26,7 +26,7 @@ from hf_xgrad.checkpoints import (
     write_state,
     writing,
 )
-from hf_xgrad.hub import HUB_ERRORS, push_command
+from hf_xgrad.hub import PUSH_ERRORS, UnsavedToken, push_command
 from hf_xgrad.model_card import TrainedModel, base_model_of, complete_card, is_hub_id, naming_hub_models_only
 from hf_xgrad.optim import AdaM3
 from hf_xgrad.prediction import (
@@ -107,6 +107,9 @@ class XGradMixin(_Trainer):
         self._xgrad_config = xgrad_config
         self._predictor: WeightPredictor | None = None
         super().__init__(*args, **kwargs)
+        if self.args.hub_token is not None:
+            # The Trainer pickles its arguments, token and all, into a file that it pushes.
+            self.args.hub_token = UnsavedToken(self.args.hub_token)
         self._check_xgrad()
         self._warn_of_local_names()
 
@@ -280,7 +283,7 @@ class XGradMixin(_Trainer):
         """The Trainer's own `push_to_hub`; an error has a note that says how to push again what was trained."""
         try:
             return super().push_to_hub(*args, **kwargs)
-        except HUB_ERRORS as error:
+        except PUSH_ERRORS as error:
             error.add_note(f"XGrad: the model is in {self.args.output_dir}; to push it: {self._push_command(kwargs)}")
             raise
 

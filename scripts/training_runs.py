@@ -22,7 +22,7 @@ from transformers.utils.import_utils import is_liger_kernel_available
 
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.checkpoints import fault, last_checkpoint
-from hf_xgrad.hub import HUB_ERRORS, has_model, push, push_command
+from hf_xgrad.hub import PUSH_ERRORS, has_model, push, push_command
 from hf_xgrad.model_card import add_comparison
 from loop_arguments import Optim, make_optimizer, make_schedule
 from run_results import RESUMED, compare, format_comparison, read_json, read_log, write_comparison, write_json
@@ -207,7 +207,7 @@ def push_run(args: Any) -> None:
     target = {"private": args.hub_private_repo, "revision": getattr(args, "hub_revision", None)}
     try:
         commit = push(args.output_dir, args.hub_model_id, token=args.hub_token, **target)
-    except HUB_ERRORS as error:
+    except PUSH_ERRORS as error:
         command = push_command(args.output_dir, args.hub_model_id, **target)
         raise InputError(
             f"--push_to_hub: {args.output_dir} is complete but not pushed ({one_line(error)}); to push it: {command}"

@@ -334,6 +334,18 @@ def test_the_last_is_the_one_of_the_highest_number(run: Path, caplog: pytest.Log
 # ---- going on from the last whole one ----
 
 
+def beginnings(trainer: Any) -> list[int]:
+    """A list that gets the step at which each training begins."""
+    steps: list[int] = []
+
+    def observe(event: str, state: Any, **_: Any) -> None:
+        if event == "train_begin":
+            steps.append(state.global_step)
+
+    trainer.add_callback(tiny.EveryEvent(observe))
+    return steps
+
+
 @pytest.mark.parametrize("settings", [{}, {"xgrad": False}], ids=["on", "off"])
 def test_half_written_ones_are_skipped(run: Path, caplog: pytest.LogCaptureFixture, settings: Any) -> None:
     if settings:
@@ -344,9 +356,10 @@ def test_half_written_ones_are_skipped(run: Path, caplog: pytest.LogCaptureFixtu
     (run / LAST / "trainer_state.json").unlink()
     cut("optimizer.pt")(run / "checkpoint-4")
     trainer = make(run, **settings)
+    starts = beginnings(trainer)
     trainer.train(resume_from_checkpoint=True)
     assert ends_as(run, trainer)
-    assert trainer._initial_global_step == 2
+    assert starts == [2]
     warnings = ours(caplog)
     assert [name in warning for name, warning in zip((LAST, "checkpoint-4"), warnings, strict=True)] == [True, True]
     # They have been written anew.
@@ -407,8 +420,9 @@ def test_a_given_one_that_is_whole(run: Path) -> None:
 def test_what_asks_for_none_starts_anew(run: Path, caplog: pytest.LogCaptureFixture, given: Any) -> None:
     cut("optimizer.pt")(run / LAST)
     trainer = make(run, save_strategy="no")
+    starts = beginnings(trainer)
     trainer.train(given)
-    assert trainer._initial_global_step == 0
+    assert starts == [0]
     assert ends_as(run, trainer)
     assert ours(caplog) == []
 
@@ -693,6 +707,13 @@ def test_a_state_that_cannot_be_written(run: Path, monkeypatch: pytest.MonkeyPat
         trainer._save_checkpoint(trainer.model, trial=None)
     check_message(str(error.value), run / "checkpoint-8", "No space left on device", run / LAST)
     assert error.value.__cause__ is not None
+
+
+def test_the_last_whole_one_is_sought_beside_the_one_that_was_written(run: Path, tmp_path: Path) -> None:
+    """The runs of a search have folders of their own."""
+    with pytest.raises(CheckpointError) as error, checkpoints.writing(str(run / "checkpoint-8"), str(tmp_path)):
+        raise OSError(122, "Disk quota exceeded")
+    check_message(str(error.value), run / "checkpoint-8", "Disk quota exceeded", run / LAST)
 
 
 @pytest.mark.parametrize(

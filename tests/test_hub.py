@@ -37,8 +37,14 @@ def hub(service: tuple[HubServer, Clients]) -> Iterator[HubServer]:
     server.reset()
     yield server
     assert server.errors == []
-    commits = [commit for repository in server.repositories.values() for commit in repository.branches["main"]]
-    assert [path for commit in commits for path, file in commit.files.items() if TOKEN.encode() in file.content] == []
+    branches = [branch for repository in server.repositories.values() for branch in repository.branches.values()]
+    assert [
+        path
+        for branch in branches
+        for commit in branch
+        for path, file in commit.files.items()
+        if TOKEN.encode() in file.content
+    ] == []
 
 
 @pytest.fixture
@@ -163,6 +169,7 @@ def test_what_is_pushed_while_training_goes_on_are_true_weights(
     assert set(run["moved"]) >= {2, 3}
     commits = hub.repositories[name].branches["main"][1:]
     assert commits[0].title == "Training in progress, step 2"
+    assert "Training in progress, step 4" not in hub.titles(name)
     for commit in commits:
         assert same(stored(commit.files["model.safetensors"].content), run["steps"][int(commit.title.split()[-1])])
 

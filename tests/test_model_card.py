@@ -18,7 +18,16 @@ from transformers import Trainer
 
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.model_card import CARD_NAME, PICTURE_NAME, TAGS, TrainedModel, add_comparison, complete_card, is_hub_id
+from hf_xgrad.model_card import (
+    CARD_NAME,
+    PICTURE_NAME,
+    TAGS,
+    TrainedModel,
+    add_comparison,
+    complete_card,
+    is_hub_id,
+    naming_hub_models_only,
+)
 
 GLUE = {"tasks": "text-classification", "dataset": "GLUE COLA", "dataset_tags": "nyu-mll/glue", "dataset_args": "cola"}
 ACCURACY = 0.75
@@ -325,6 +334,27 @@ def test_the_comparison_takes_the_place_of_the_curves(tmp_path: Path) -> None:
         assert text.count("| eval loss | 0.5000 | 0.6250 | -0.1250 |") == 1
         assert text.count(f"({PICTURE_NAME})") == 1
         assert (tmp_path / PICTURE_NAME).read_bytes() != picture
+
+
+@pytest.mark.parametrize("text", ["# x\n", "# x\n\n## XGrad\n\ny\n", "# x\n\n## Training curves\n\ny\n\n## Z\n\nz\n"])
+def test_the_comparison_has_a_place_in_every_card(tmp_path: Path, text: str) -> None:
+    (tmp_path / CARD_NAME).write_text(text)
+    row = {"xgrad": 0.5, "baseline": float("nan"), "difference": float("nan")}
+    add_comparison(tmp_path, {"eval_loss": row}, {"XGrad": [], "plain optimizer": []})
+    expected = [title for title in headings(text) if title != "## Training curves"]
+    expected.insert(2 if "## XGrad" in expected else 1, "## XGrad beside the plain optimizer")
+    found = card_of(tmp_path)[1]
+    assert headings(found) == expected
+    assert "| eval loss | 0.5000 | - | - |" in found
+
+
+def test_a_model_of_no_known_kind_has_a_card_too(tmp_path: Path) -> None:
+    with naming_hub_models_only(nn.Linear(1, 1)):
+        pass
+    model = nn.Linear(1, 1)
+    model.config = {"model_type": "custom"}
+    with naming_hub_models_only(model):
+        pass
 
 
 def test_a_card_without_matplotlib_goes_without_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,8 @@ def test_what_is_not_finite_is_a_gap(drawn: Drawn, tmp_path: Path, bad: float) -
 def test_a_point_without_a_line_is_marked(drawn: Drawn, tmp_path: Path) -> None:
     plot_runs({"a": [log(1.0)]}, tmp_path / "a.png")
     assert list(drawn.lines("training loss")[0].get_markevery()) == [True]
+    plot_runs({"a": [log(*range(12))], "b": [log(*range(13))]}, tmp_path / "a.png")
+    assert [sum(line.get_markevery()) for line in drawn.lines("training loss")] == [12, 0]
     values = [1.0] * 100
     values[49] = values[51] = math.nan
     plot_runs({"a": [log(*values)]}, tmp_path / "a.png")
