@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Not needed by the demo: some of them have a lot to say whenever they are imported, and Transformers imports them.
+# Optimizers and trackers. Not needed by the demo: some of them have a lot to say whenever they are imported, and
+# Transformers imports them.
 OPTIMIZERS := .venv/.optimizers
 # Needed by slow tests only. Its build asks for torch, and compiles its kernels not now but when they are used.
 DEEPSPEED := .venv/.deepspeed
@@ -17,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $(INSTALLED)
 
 $(OPTIMIZERS): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[optimizers]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[optimizers,trackers]'
 	touch $(OPTIMIZERS)
 
 $(DEEPSPEED): $(OPTIMIZERS)

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from hf_xgrad import __version__
 from hf_xgrad.arguments import XGradConfig
-from hf_xgrad.plots import plot_runs
+from hf_xgrad.plots import PlotError, plot_runs
 from hf_xgrad.prediction import form_of_group, unwrap_optimizer
 
 logger = logging.get_logger(__name__)
@@ -379,8 +379,8 @@ def _picture(folder: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]])
         return ""
     try:
         plot_runs(groups, folder / PICTURE_NAME)
-    except ImportError as error:
-        logger.info(f"The model card goes without a picture: {error}")
+    except (ImportError, OSError, PlotError) as error:
+        logger.warning(f"XGrad: the model card goes without a picture: {error}")
         return ""
     return f"![Losses, and agreement of predicted and made steps, over the optimizer's steps]({PICTURE_NAME})"
 

@@ -267,7 +267,6 @@ def _write_below(figure: Any, names: Sequence[str], notes: Sequence[str]) -> Non
     below = (of_notes + of_legend) / height
     figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))
     legend.set_bbox_to_anchor((0.5, below))
-    legend.borderaxespad = 0
     written.set_y(0.02 / height)
 
 
@@ -457,10 +456,8 @@ def group_runs(runs: Sequence[tuple[str | None, Run]]) -> dict[str, list[Run]]:
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
-    """The settings in which runs differ; nothing where they are not known of all."""
+    """The settings in which runs differ, of those of which they are known."""
     trainings = [run.training for run in runs if run.settings]
-    if len(trainings) < len(runs):
-        return []
     names = dict.fromkeys(name for training in trainings for name in training)
     values = {name: {str(training[name]) for training in trainings if name in training} for name in names}
     differing = [name for name in names if len(values[name]) > 1] or ["method"]

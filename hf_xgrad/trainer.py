@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,8 @@ from transformers.utils import logging
 
 from hf_xgrad.arguments import EXTRA_OPTIMIZERS, XGradConfig
 from hf_xgrad.checkpoints import (
+    INCOMPLETE_NAME,
+    CheckpointError,
     begin_writing,
     checkpoint_to_resume,
     load_state,
@@ -106,6 +109,8 @@ class XGradMixin(_Trainer):
     def __init__(self, *args: Any, xgrad_config: XGradConfig | None = None, **kwargs: Any) -> None:
         self._xgrad_config = xgrad_config
         self._predictor: WeightPredictor | None = None
+        # The checkpoint that holds the run as it stands, and the length of its log.
+        self._saved: tuple[str, int] | None = None
         super().__init__(*args, **kwargs)
         if self.args.hub_token is not None:
             # The Trainer pickles its arguments, token and all, into a file that it pushes.
@@ -161,7 +166,15 @@ class XGradMixin(_Trainer):
         # Called once a run, and again by auto_find_batch_size with the schedule begun anew: what is remembered of the
         # last update says nothing about this run.
         self._predictor = None
+        self._saved = None
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed where nothing is left to train: within an epoch the Trainer would go one step too far.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's own `log`; a training log also gets the diagnostics of its step, as `xgrad/...`."""
@@ -220,12 +233,19 @@ class XGradMixin(_Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = self._get_output_dir(trial=trial)
         checkpoint = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        here = (os.path.abspath(checkpoint), len(self.state.log_history))
+        if here == self._saved:
+            # A just-in-time checkpoint: to write over the one that is there would risk it for other random numbers.
+            if self.args.should_save:
+                Path(checkpoint, INCOMPLETE_NAME).unlink(missing_ok=True)
+            return
         with writing(checkpoint, run):
             if self.args.should_save:
                 begin_writing(checkpoint)
             # Others might be quicker to write their files into what still looks whole.
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+        self._saved = here
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -250,6 +270,7 @@ class XGradMixin(_Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self._saved = (os.path.abspath(checkpoint), len(self.state.log_history))
         if self.is_fsdp_enabled and self.optimizer is not None and not self.optimizer.state:
             _warn_of_lost_state(checkpoint)
         predictor = self._get_predictor()
@@ -283,6 +304,8 @@ class XGradMixin(_Trainer):
         """The Trainer's own `push_to_hub`; an error has a note that says how to push again what was trained."""
         try:
             return super().push_to_hub(*args, **kwargs)
+        except CheckpointError:
+            raise
         except PUSH_ERRORS as error:
             error.add_note(f"XGrad: the model is in {self.args.output_dir}; to push it: {self._push_command(kwargs)}")
             raise

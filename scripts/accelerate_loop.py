@@ -23,6 +23,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_utils import rotate_checkpoints, speed_metrics
 
 from hf_xgrad import WeightPredictor, XGradConfig
+from hf_xgrad.checkpoints import begin_writing, writing
 from loop_arguments import LoopArguments, Strategy, make_optimizer, make_schedule
 from run_results import RESUMED, read_json
 from script_arguments import InputError, as_input_error
@@ -199,11 +200,16 @@ def _is_due(strategy: Strategy, every: float, step: int, ends_epoch: bool, *, al
 
 def _save_checkpoint(accelerator: Accelerator, args: LoopArguments, state: TrainerState) -> None:
     folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    accelerator.save_state(str(folder))
-    accelerator.wait_for_everyone()
+    with writing(str(folder), args.output_dir):
+        if accelerator.is_main_process:
+            begin_writing(str(folder))
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(folder))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            # This comes last: a checkpoint without its state was cut off.
+            state.save_to_json(str(folder / STATE_FILE))
     if accelerator.is_main_process:
-        # This comes last: a checkpoint without its state was cut off.
-        state.save_to_json(str(folder / STATE_FILE))
         rotate_checkpoints(args.output_dir, args.save_total_limit, use_mtime=True)
 
 

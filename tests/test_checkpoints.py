@@ -851,12 +851,13 @@ def test_scripts_refuse_a_given_one_that_is_not_whole(
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize(("kind", "name"), [("trainer", "scheduler.pt"), ("loop", "optimizer.bin")])
 def test_scripts_end_with_one_line_where_the_disk_is_full(
-    tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str], kind: str, name: str
 ) -> None:
     failing = tmp_path / "out" / "checkpoint-4"
     failing.mkdir(parents=True)
-    (failing / "scheduler.pt").symlink_to("/dev/full")
-    assert run_clm.main([*flags]) == 2
+    (failing / name).symlink_to("/dev/full")
+    assert SCRIPTS[kind].main([*flags]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     check_message(line, failing, "could not be written", tmp_path / "out" / "checkpoint-2")

@@ -161,15 +161,13 @@ SETUPS = [
     # PyTorch rounds the state of an optimizer to the weights' type when it loads it, and Adafactor's is fp32.
     if precision != "bf16-weights" or "adafactor" not in optimizer
 ]
-# Each life, and each value of each field; the slow tests are the product.
+# Each life, precision and kind of rule; the slow tests are the product.
 COVERING = {
-    ("nothing-saved", SetUp("auto-adafactor", "bf16", 4)),
-    ("in-windows", SetUp("last_update", "fp32", 4)),
-    ("in-windows", SetUp("adamw", "bf16-weights", 1)),
+    ("nothing-saved", SetUp("auto-adafactor", "bf16", 1)),
+    ("in-windows", SetUp("adamw", "bf16-weights", 4)),
     ("between-epochs", SetUp("momentum", "bf16", 4)),
-    ("between-epochs", SetUp("adafactor", "fp32", 1)),
     ("in-files", SetUp("auto", "fp32", 4)),
-    ("rotated", SetUp("rmsprop", "bf16-weights", 4)),
+    ("rotated", SetUp("rmsprop", "bf16-weights", 1)),
 }
 
 
@@ -197,7 +195,6 @@ def test_killed_and_started_again(
 
 
 @pytest.mark.parametrize("moment", ["train_end", "save"])
-@pytest.mark.xfail(strict=True, reason="the Trainer, resumed at its end within an epoch, goes one step too far")
 def test_killed_when_nothing_is_left_to_train(tmp_path: Path, start: Start, moment: str) -> None:
     """The last checkpoint was written, the end weights were not; and the run ends within an epoch."""
     setup = SetUp("last_update", settings={"max_steps": STEPS - 1, "lr_scheduler_type": "constant_with_warmup"})
@@ -412,7 +409,6 @@ def test_the_mark_of_an_unfinished_checkpoint_goes_when_it_is_written_again(
     assert differences(tmp_path, uninterrupted(setup)) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoint at SIGTERM is written over the whole one of the same step")
 def test_a_checkpoint_at_sigterm_does_not_cost_the_one_that_is_there(tmp_path: Path, start: Start) -> None:
     """In the first window after a checkpoint, the only one that is kept."""
     setup = SetUp("last_update", settings={"enable_jit_checkpoint": True, "save_total_limit": 1})
