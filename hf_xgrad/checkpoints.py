@@ -28,10 +28,18 @@ logger = logging.get_logger(__name__)
 STATE_NAME = "trainer_state.json"
 INCOMPLETE_NAME = "checkpoint-is-incomplete.txt"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-# Files of tensors, and those among them (or folders of them) that hold no weights.
-_TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".distcp")
+# What the Trainer, Accelerate and DeepSpeed write and read again; whatever else lies there is not ours to judge.
+_READ_AGAIN = re.compile(
+    r"trainer_state\.json|(adapter_)?config\.json"
+    r"|(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin|json)"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states|sampler|custom_checkpoint|training_args)[^/]*\.(pt|pth|bin|pkl)"
+    r"|(pytorch_model_fsdp|optimizer)_\d+/.*\.distcp|global_step\d+/.*\.pt"
+)
+_INDEX = (("model.safetensors", ".index.json"), ("pytorch_model.bin", ".index.json"))
+# What there is beside weights, whatever form those have.
 _NO_WEIGHTS = re.compile(
-    r"xgrad|optimizer|scheduler|scaler|rng_state|training_args|random_states|sampler|dl_state_dict|custom_checkpoint"
+    r"\.|xgrad|optimizer|scheduler|scaler|rng_state|training_args|random_states|sampler|dl_state_dict|custom_checkpoint"
+    r"|.*\.(json|jsonl|txt|md|jinja|model|log)$|latest$|zero_to_fp32\.py$"
 )
 _ZIP = b"PK\x03\x04"
 
@@ -75,20 +83,32 @@ def checkpoint_to_resume(given: str | os.PathLike[str] | bool, output_dir: str) 
         )
     last, skipped = _search(output_dir)
     if last is None and skipped:
-        reasons = "; ".join(f"{os.path.basename(path)}: {reason}" for path, reason in skipped.items())
-        raise ValueError(
-            f"XGrad: no checkpoint in {output_dir} is whole ({reasons}). Train from the start "
-            "(resume_from_checkpoint=None), or name another checkpoint."
-        )
+        raise _none_whole(output_dir, skipped)
     _warn_of(skipped)
     return True if last is None else last
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """The last whole checkpoint of a run, with a warning for each later one; to be called on every process."""
+    """The last whole checkpoint of a run, with a warning for each later one; to be called on every process.
+
+    None where nothing was ever saved to its end: a run may start from the beginning.
+
+    Raises:
+        ValueError: none is whole, though some were written to their end.
+    """
     last, skipped = _search(output_dir)
+    if last is None and any(_of_all(any(Path(path, STATE_NAME).exists() for path in skipped))):
+        raise _none_whole(output_dir, skipped)
     _warn_of(skipped)
     return last
+
+
+def _none_whole(output_dir: str, skipped: Mapping[str, str]) -> ValueError:
+    reasons = "; ".join(f"{os.path.basename(path)}: {reason}" for path, reason in skipped.items())
+    return ValueError(
+        f"XGrad: no checkpoint in {output_dir} is whole ({reasons}). Train from the start, in another folder or with "
+        "these removed (resume_from_checkpoint=None), or name another checkpoint."
+    )
 
 
 def _warn_of(skipped: Mapping[str, str]) -> None:
@@ -153,43 +173,60 @@ def fault(checkpoint: str, *, own: bool = True) -> str | None:
     return next(_faults(Path(checkpoint), own), None)
 
 
-def _faults(checkpoint: Path, own: bool) -> Iterator[str]:
-    if (checkpoint / INCOMPLETE_NAME).exists():
+def holds_mark_only(checkpoint: str) -> bool:
+    """Whether a just-in-time checkpoint has been begun, on every process, in one that was whole before.
+
+    To be called on every process.
+    """
+    marked = Path(checkpoint, INCOMPLETE_NAME).exists()
+    return all(_of_all(marked and next(_faults(Path(checkpoint), own=True, marked=True), None) is None))
+
+
+def _faults(checkpoint: Path, own: bool, marked: bool = False) -> Iterator[str]:
+    if not marked and (checkpoint / INCOMPLETE_NAME).exists():
         yield f"it was being written when its run ended, as {INCOMPLETE_NAME} says"
     if not (checkpoint / STATE_NAME).exists():
         yield f"it has no {STATE_NAME}, which is written last"
-    files = sorted(Path(folder) / name for folder, _, names in os.walk(checkpoint) for name in names)
-    for path in files:
-        if own or not _XGRAD_STATE_FILE.fullmatch(path.name):
+    entries = sorted(checkpoint.iterdir())
+    folders = [
+        path for path in entries if re.fullmatch(r"(pytorch_model_fsdp|optimizer)_\d+|global_step\d+", path.name)
+    ]
+    for path in [*entries, *(inner for folder in folders for inner in sorted(folder.rglob("*")))]:
+        name = path.relative_to(checkpoint).as_posix()
+        is_own = _XGRAD_STATE_FILE.fullmatch(name) is not None
+        if _READ_AGAIN.fullmatch(name) or (own and is_own):
             try:
                 reason = _fault_of_file(path)
             except OSError as error:
                 reason = f"cannot be read ({error.strerror or error})"
             if reason is not None:
-                yield f"{path.relative_to(checkpoint)} {reason}"
-    names = [path.relative_to(checkpoint) for path in files]
-    if not any(p.suffix in _TENSORS and not any(map(_NO_WEIGHTS.match, p.parts)) for p in names):
+                yield f"{name} {reason}"
+    for whole, end in _INDEX:
+        # As the Trainer reads them: the index only where there is no single file.
+        if not (checkpoint / whole).exists() and (checkpoint / (whole + end)).exists():
+            reason = _fault_of_index(checkpoint / (whole + end))
+            if reason is not None:
+                yield f"{whole}{end} {reason}"
+    if all(_NO_WEIGHTS.match(path.name) for path in entries):
         yield "it has no weights"
     # The Trainer takes up neither without the other, and says nothing.
-    has_optimizer = any(name.parts[0].startswith(("optimizer", "global_step")) for name in names)
+    has_optimizer = any(path.name.startswith(("optimizer", "global_step")) for path in entries)
+    anew = "without both, the optimizer starts anew"
     if (checkpoint / "scheduler.pt").exists() and not has_optimizer:
-        yield "it has a scheduler.pt, but no optimizer's state"
+        yield f"it has a scheduler.pt, but no optimizer's state ({anew})"
     if (checkpoint / "optimizer.pt").exists() and not (checkpoint / "scheduler.pt").exists():
-        yield "it has an optimizer.pt, but no scheduler.pt"
-    for folder in sorted({path.parent for path in files if path.suffix == ".distcp"}):
-        if not (folder / ".metadata").is_file():
+        yield f"it has an optimizer.pt, but no scheduler.pt ({anew})"
+    for folder in folders:
+        if any(folder.glob("*.distcp")) and not (folder / ".metadata").is_file():
             yield f"{folder.name} has no .metadata, which is written last"
     latest = checkpoint / "latest"  # DeepSpeed's
-    if latest.is_file():
-        tag = latest.read_text(errors="replace").strip()
-        if not (checkpoint / tag).is_dir():
-            yield f"it has no folder {tag!r}, which `latest` names"
+    tag = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    if tag.startswith("global_step") and not (checkpoint / tag).is_dir():
+        yield f"it has no folder {tag!r}, which `latest` names"
 
 
 def _fault_of_file(path: Path) -> str | None:
-    """What is wrong with a file of a kind that checkpoints have; nothing is with others."""
-    if path.suffix != ".json" and path.suffix not in _TENSORS:
-        return None
+    """What is wrong with a file that is read again."""
     if not path.is_file():
         return "is not a file, or a link to none"
     if path.suffix == ".json":
@@ -204,27 +241,26 @@ def _fault_of_file(path: Path) -> str | None:
         start = file.read(len(_ZIP))
     if not start.strip(b"\0"):
         return "is empty"
-    # Only what begins as torch's zip files do: there are older kinds, and others of these names.
+    # Only what begins as torch's zip files do: there are older kinds.
     return "is cut off" if _ZIP.startswith(start) and not zipfile.is_zipfile(path) else None
+
+
+def _fault_of_index(path: Path) -> str | None:
+    content = json.loads(path.read_bytes())
+    weights = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        return "has no weight_map"
+    missing = sorted({str(name) for name in weights.values() if not (path.parent / str(name)).is_file()})
+    return f"names files that are not there: {', '.join(missing[:3])}" if missing else None
 
 
 def _fault_of_json(path: Path) -> str | None:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        # A second document after the first, as in a log of one JSON to the line, is nothing that was cut off.
-        if getattr(error, "msg", None) == "Extra data" and path.name != STATE_NAME:
-            return None
         return f"is not JSON ({error})"
     if path.name == STATE_NAME and not (isinstance(content, dict) and isinstance(content.get("global_step"), int)):
         return "has no global_step"
-    if path.name.endswith(".index.json"):
-        weights = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weights, dict):
-            return "has no weight_map"
-        missing = sorted({str(name) for name in weights.values() if not (path.parent / str(name)).is_file()})
-        if missing:
-            return f"names files that are not there: {', '.join(missing[:3])}"
     return None
 
 
@@ -247,7 +283,7 @@ def writing(folder: str, output_dir: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         free = _free_bytes(folder)
-        reason = _reason(error, free)
+        reason = _reason(error, folder, free)
         if reason is None:
             raise
         if _CHECKPOINT.fullmatch(os.path.basename(folder)):
@@ -264,13 +300,15 @@ def writing(folder: str, output_dir: str) -> Iterator[None]:
         ) from error
 
 
-def _reason(error: Exception, free: int) -> str | None:
+def _reason(error: Exception, folder: str, free: int) -> str | None:
     """What the disk, or the way to it, had against a file; None for errors of other kinds."""
     if isinstance(error, OSError):
         # What the network raises names no file, and nor does a CheckpointError from within.
         if error.filename is None:
             return error.strerror if error.errno in _OF_DISKS else None
-        return f"{error.strerror}: {error.filename}"
+        # What could not be read elsewhere is another matter.
+        is_here = Path(os.fsdecode(error.filename)).absolute().is_relative_to(Path(folder).absolute())
+        return f"{error.strerror}: {error.filename}" if is_here or error.errno in _OF_DISKS else None
     if isinstance(error, SafetensorError):
         code = _OF_SAFETENSORS.search(str(error))
         return os.strerror(int(code[1])) if code else None

@@ -23,6 +23,7 @@ from hf_xgrad.checkpoints import (
     CheckpointError,
     begin_writing,
     checkpoint_to_resume,
+    holds_mark_only,
     load_state,
     state_name,
     state_names,
@@ -144,7 +145,7 @@ class XGradMixin(_Trainer):
         with predictor.predicted():
             return super().training_step(model, inputs, *args, **kwargs)
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own `train`, which goes on from whole checkpoints only.
 
         `resume_from_checkpoint=True` is the last whole one of `output_dir`, with a warning for each later one.
@@ -152,10 +153,15 @@ class XGradMixin(_Trainer):
         Raises:
             ValueError: the checkpoint that is named, or every one in `output_dir`, is half-written or damaged.
         """
-        if resume_from_checkpoint:
-            resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        # As it was given, since a Trainer between this and that of Transformers may take fewer arguments.
+        folder = str(self.args.output_dir)
+        if args and args[0]:
+            args = (checkpoint_to_resume(args[0], folder), *args[1:])
+        elif kwargs.get("resume_from_checkpoint"):
+            given = kwargs["resume_from_checkpoint"]
+            kwargs = {**kwargs, "resume_from_checkpoint": checkpoint_to_resume(given, folder)}
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             if self._predictor is not None:
                 # Only has work to do where a Ctrl-C came in the middle of restoring.
@@ -234,7 +240,7 @@ class XGradMixin(_Trainer):
         run = self._get_output_dir(trial=trial)
         checkpoint = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         here = (os.path.abspath(checkpoint), len(self.state.log_history))
-        if here == self._saved:
+        if here == self._saved and holds_mark_only(checkpoint):
             # A just-in-time checkpoint: to write over the one that is there would risk it for other random numbers.
             if self.args.should_save:
                 Path(checkpoint, INCOMPLETE_NAME).unlink(missing_ok=True)

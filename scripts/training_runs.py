@@ -245,7 +245,8 @@ def _checkpoint(args: Any, run_args: RunArguments, settings: dict[str, Any]) -> 
         return None
     if args.resume_from_checkpoint:
         return _checked(_given_checkpoint(args.resume_from_checkpoint), args)
-    checkpoint = last_checkpoint(str(folder))
+    with as_input_error(ValueError):
+        checkpoint = last_checkpoint(str(folder))
     if checkpoint is not None:
         _checked(checkpoint, args)
         _check_settings(settings, folder)

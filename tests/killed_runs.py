@@ -127,24 +127,25 @@ def run(folder: str, setup: SetUp, *signals: Signal, pulse: Connection | None = 
         raise
 
 
-def run_process(folder: str, setup: SetUp, rank: int, port: int, kill: Signal | None) -> None:
-    """One of two processes under DDP, as torchrun starts them; at `kill`, this one has come further than the other.
+def run_process(folder: str, setup: SetUp, rank: int, store: str, kill: Signal | None) -> None:
+    """One of two processes under DDP, that meet in the file `store`; at `kill`, one has come further than the other.
 
     Process 1 stops before it writes its random state. Process 0, which has written its own, is killed where it waits
     for the other, or else as soon as the checkpoint looks complete.
     """
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     _begin(folder, f"log-{rank}.txt")
     try:
+        dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
         trainer = make_trainer(Path(folder), setup)
         if kill is not None:
             _stop_between_the_files(rank, kill, Path(folder))
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(folder)
-        dist.destroy_process_group()
+        # Where the other process has gone, gloo may never end the threads that a regular exit waits for.
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
         raise

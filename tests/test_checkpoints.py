@@ -20,13 +20,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save
 from torch import distributed as dist
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import hf_xgrad.checkpoints as checkpoints
 import run_clm
 import run_clm_no_trainer
 import tiny_models as tiny
-from hf_xgrad import XGradTrainer, XGradTrainingArguments
+from hf_xgrad import XGradMixin, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.checkpoints import CheckpointError, fault, last_checkpoint
 from run_files import write_texts
 from run_results import RESUMED
@@ -243,6 +243,14 @@ def a_folder_in_place_of(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def index_only(content: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_bytes(content)
+
+    return damage
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "just-in-time": (write("checkpoint-is-incomplete.txt", b"Checkpoint started"), "checkpoint-is-incomplete.txt"),
     "no-state": (remove("trainer_state.json"), "no trainer_state.json"),
@@ -262,8 +270,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "dangling-weights": (dangling("model.safetensors"), "model.safetensors is not a file"),
     "pipe": (a_folder_in_place_of("model.safetensors"), "model.safetensors is not a file"),
     "shard": (without_a_shard, "model.safetensors.index.json names files that are not there: model-00002-of-"),
-    "index": (write("model.safetensors.index.json", b"{}"), "model.safetensors.index.json has no weight_map"),
-    "index-list": (write("model.safetensors.index.json", b"[1]"), "model.safetensors.index.json has no weight_map"),
+    "index": (index_only(b"{}"), "model.safetensors.index.json has no weight_map"),
+    "index-list": (index_only(b"[1]"), "model.safetensors.index.json has no weight_map"),
     "cut-optimizer": (cut("optimizer.pt"), "optimizer.pt is cut off"),
     "empty-optimizer": (cut("optimizer.pt", 0), "optimizer.pt is empty"),
     "optimizer-of-zeros": (write("optimizer.pt", b"\0" * 300), "optimizer.pt is empty"),
@@ -291,6 +299,49 @@ def test_what_is_not_whole(run: Path, caplog: pytest.LogCaptureFixture, damage: 
     assert str(run / LAST) in warning
     assert reason in warning
     assert "\n" not in warning
+
+
+FOREIGN: dict[str, bytes] = {
+    "mistakes.json": b"",
+    "tokens.bin": b"\0\0\0\0\1",
+    "._config.json": b"\0\5\26\7",
+    "._model.safetensors": b"\0\5\26\7",
+    "docs.index.json": b"{}",
+    "notes.json": b"{} // a comment",
+    "done.pt": b"",
+    "tmpabc.safetensors": b"x",
+    "latest": b"of something else",
+    "model.safetensors.index.json": b'{"weight_map": {"w": "model-00001-of-00002.safetensors"}}',
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_not_judged(run: Path, name: str) -> None:
+    (run / LAST / name).write_bytes(FOREIGN[name])
+    assert fault(str(run / LAST)) is None
+
+
+@pytest.mark.parametrize("name", ["weights.npz", "model.ckpt", "flax_model.msgpack"])
+def test_weights_may_have_a_form_of_their_own(run: Path, name: str) -> None:
+    (run / LAST / "model.safetensors").rename(run / LAST / name)
+    assert fault(str(run / LAST)) is None
+
+
+def test_weights_may_lie_behind_a_link(run: Path) -> None:
+    (run / "elsewhere").mkdir()
+    (run / LAST / "model.safetensors").rename(run / "elsewhere" / "model.safetensors")
+    (run / LAST / "weights").symlink_to(run / "elsewhere")
+    assert fault(str(run / LAST)) is None
+
+
+def test_scripts_do_not_start_anew_over_checkpoints_that_were_whole(run: Path) -> None:
+    for checkpoint in run.glob("checkpoint-*"):
+        (checkpoint / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole .*config\.json is not JSON"):
+        last_checkpoint(str(run))
+    for checkpoint in run.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").unlink()
+    assert last_checkpoint(str(run)) is None
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -861,3 +912,40 @@ def test_scripts_end_with_one_line_where_the_disk_is_full(
     assert SCRIPTS[kind].main([*flags]) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     check_message(line, failing, "could not be written", tmp_path / "out" / "checkpoint-2")
+
+
+# ---- the Trainer's own ways ----
+
+
+@pytest.mark.parametrize("keyword_only", [True, False])
+def test_trainers_between_may_take_fewer_arguments(tmp_path: Path, keyword_only: bool) -> None:
+    class Plain(Trainer):
+        def train(self) -> Any:  # type: ignore[override]
+            return super().train()
+
+    class KeywordOnly(Trainer):
+        def train(self, *, resume_from_checkpoint: Any = None) -> Any:  # type: ignore[override]
+            return super().train(resume_from_checkpoint=resume_from_checkpoint)
+
+    base: type = KeywordOnly if keyword_only else Plain
+    trainer = make(tmp_path, type("Mixed", (XGradMixin, base), {}))
+    trainer.train(**({"resume_from_checkpoint": None} if keyword_only else {}))
+    assert trainer.state.global_step == trainer.state.max_steps
+
+
+class ChangesWeights(TrainerCallback):
+    """At the end of an epoch, where the step has been saved already."""
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.zero_()
+        control.should_save = True
+
+
+def test_a_second_checkpoint_of_a_step_is_written(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=7, save_strategy="steps", save_steps=7, logging_steps=5)
+    trainer.add_callback(ChangesWeights())
+    trainer.train()
+    stored = load_file(tmp_path / "checkpoint-7" / "model.safetensors")
+    assert all(not weight.any() for weight in stored.values())

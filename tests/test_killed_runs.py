@@ -8,11 +8,10 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -254,14 +253,16 @@ def test_killed_by_the_parent(
 @pytest.mark.parametrize("optimizer", ["adamw", "last_update", "auto"])
 def test_killed_between_the_files_of_two_processes(tmp_path: Path, context: Any, optimizer: str) -> None:
     setup = SetUp(optimizer, accumulation=4)
+    numbers = count()
+
+    def logs(folder: Path) -> str:
+        return "\n".join(log(folder, f"log-{rank}.txt") for rank in range(2))
 
     def launch(folder: Path, kill: Signal | None = None) -> list[int]:
         folder.mkdir(exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        store = str(tmp_path / f"store-{next(numbers)}")
         processes = [
-            context.Process(target=killed_runs.run_process, args=(str(folder), setup, rank, port, kill))
+            context.Process(target=killed_runs.run_process, args=(str(folder), setup, rank, store, kill))
             for rank in range(2)
         ]
         for process in processes:
@@ -273,13 +274,13 @@ def test_killed_between_the_files_of_two_processes(tmp_path: Path, context: Any,
                 processes[1].kill()
         return [first, end(processes[1])]
 
-    assert launch(tmp_path / "whole") == [0, 0], log(tmp_path / "whole", "log-0.txt")
+    assert launch(tmp_path / "whole") == [0, 0], logs(tmp_path / "whole")
     killed = tmp_path / "killed"
-    assert launch(killed, Signal("between", 6)) == [KILLED, KILLED], log(killed, "log-0.txt")
+    assert launch(killed, Signal("between", 6)) == [KILLED, KILLED], logs(killed)
     names = {path.name for path in (killed / "checkpoint-6").iterdir()}
     assert "rng_state_0.pth" in names
     assert "rng_state_1.pth" not in names
-    assert launch(killed) == [0, 0], log(killed, "log-0.txt")
+    assert launch(killed) == [0, 0], logs(killed)
     assert differences(killed, tmp_path / "whole") == []
 
 
