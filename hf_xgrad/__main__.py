@@ -191,13 +191,15 @@ def plot(arguments: argparse.Namespace) -> None:
 
 
 def push(arguments: argparse.Namespace) -> None:
-    from hf_xgrad.hub import PUSH_ERRORS, push
+    from hf_xgrad.hub import PUSH_ERRORS, push, push_again, push_command
 
     target = {name: getattr(arguments, name) for name in ("hub_model_id", "private", "revision")}
     try:
         commit = push(arguments.folder, **target)
     except PUSH_ERRORS as error:
-        raise InputError(f"{arguments.folder} was not pushed: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        again = push_again(error, push_command(arguments.folder, **target))
+        raise InputError(f"{arguments.folder} was not pushed: {reason}; {again}") from error
     print(commit.repo_url)
 
 

@@ -97,10 +97,15 @@ def last_checkpoint(output_dir: str) -> str | None:
         ValueError: none is whole, though some were written to their end.
     """
     last, skipped = _search(output_dir)
-    if last is None and any(_of_all(any(Path(path, STATE_NAME).exists() for path in skipped))):
+    if last is None and any(_of_all(any(_was_finished(Path(path)) for path in skipped))):
         raise _none_whole(output_dir, skipped)
     _warn_of(skipped)
     return last
+
+
+def _was_finished(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, whatever has become of it."""
+    return (checkpoint / STATE_NAME).is_file() and _fault_of_json(checkpoint / STATE_NAME) is None
 
 
 def _none_whole(output_dir: str, skipped: Mapping[str, str]) -> ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HTTPError, ValueError)
 PUSH_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, RuntimeError)
 
 # Checkpoints, event files and what is only of use to go on with the run where it was.
-_NOT_PUSHED = ("checkpoint-*", "runs/*", "_*", "xgrad_settings.json")
-_CONFIGURATIONS = ("config.json", "adapter_config.json")
+_NOT_PUSHED = ("checkpoint-*", "*/checkpoint-*", "runs/*", "wandb/*", "_*", ".env*", "xgrad_settings.json")
+_CARD = "README.md"
+_WEIGHTS = ("model", "pytorch_model", "adapter_model")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class UnsavedToken(str):
@@ -37,8 +40,9 @@ class UnsavedToken(str):
 
 
 def has_model(folder: str | os.PathLike[str]) -> bool:
-    """Whether a model, or an adapter, was saved into a folder."""
-    return any((Path(folder) / name).is_file() for name in _CONFIGURATIONS)
+    """Whether the weights of a model, or of an adapter, were saved into a folder."""
+    endings = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+    return any((Path(folder) / f"{name}{ending}").is_file() for name in _WEIGHTS for ending in endings)
 
 
 def push(
@@ -69,10 +73,15 @@ def push(
         RuntimeError: the upload of a large file broke off.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    if _CHECKPOINT.fullmatch(folder.absolute().name):
+        raise ValueError(f"{folder} is a checkpoint; the folder of the run is {folder.absolute().parent}")
     if not has_model(folder):
-        raise ValueError(f"{folder} holds no model to push: it has neither {' nor '.join(_CONFIGURATIONS)}")
+        raise ValueError(f"{folder} holds no model to push: neither weights nor an adapter")
     api = HfApi(token=token)
     repository = api.create_repo(hub_model_id or folder.absolute().name, private=private, exist_ok=True)
+    _name_in_card(folder, repository.repo_id)
     return api.upload_folder(
         repo_id=repository.repo_id,
         folder_path=folder,
@@ -80,6 +89,25 @@ def push(
         ignore_patterns=list(_NOT_PUSHED),
         revision=revision,
     )
+
+
+def _name_in_card(folder: Path, repository: str) -> None:
+    """Lets the code in the card load the model from where it is pushed to."""
+    card = folder / _CARD
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        named = text.replace(f'.from_pretrained("{folder.absolute().name}")', f'.from_pretrained("{repository}")')
+        if named != text:
+            card.write_text(named, encoding="utf-8")
+
+
+def push_again(error: Exception, command: str) -> str:
+    """What to do after a push that failed."""
+    if "Invalid metadata" in str(error):
+        return f"correct the metadata in its {_CARD} (between the first two ---), then: {command}"
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        return f"log in (`hf auth login`, or HF_TOKEN), then: {command}"
+    return f"to push it: {command}"
 
 
 def push_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -66,6 +67,7 @@ class TrainedModel:
         task: its task, as the Hub names it.
         split: the split of the data set that it was evaluated on.
         builder: what built that data set (its `builder_name`: "generator", say), which Transformers takes for an id.
+        own_optimizer: whether `optimizer` was given to the Trainer, which describes that of its arguments even so.
     """
 
     config: XGradConfig
@@ -77,10 +79,12 @@ class TrainedModel:
     task: str | None = None
     split: str | None = None
     builder: str | None = None
+    own_optimizer: bool = False
 
     @classmethod
-    def of(cls, trainer: Any, config: XGradConfig, task: str | None) -> TrainedModel:
+    def of(cls, trainer: Any, config: XGradConfig, tasks: Any, own_optimizer: bool) -> TrainedModel:
         """What a Trainer's card says of its model."""
+        tasks = [tasks] if isinstance(tasks, str) else tasks or []
         folder = os.path.abspath(trainer.args.output_dir)
         data = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
         split = data.split if hasattr(data, "builder_name") else None
@@ -91,9 +95,10 @@ class TrainedModel:
             optimizer=trainer.optimizer,
             processing_class=trainer.processing_class,
             history=trainer.state.log_history,
-            task=task,
+            task=tasks[0] if len(tasks) == 1 else None,
             split=None if split is None else str(split),
             builder=getattr(data, "builder_name", None),
+            own_optimizer=own_optimizer,
         )
 
 
@@ -132,6 +137,37 @@ def naming_hub_models_only(model: Any) -> Iterator[None]:
         config._name_or_path = name
 
 
+@contextmanager
+def with_readable_log(state: Any) -> Iterator[None]:
+    """`with` this: Transformers finds all evaluations in the log of a Trainer's state.
+
+    It takes those before the first entry with "train_runtime" for the training's. Where tokens are counted every
+    entry has one, and none has where a run was stopped after its last checkpoint.
+    """
+    log = state.log_history
+    entries = [{name: entry[name] for name in sorted(entry, key=_in_a_table)} for entry in log]
+    for entry in entries:
+        # Measured where a model is evaluated that was not trained before.
+        entry.pop("eval_model_preparation_time", None)
+        if "loss" in entry:
+            entry.pop("train_runtime", None)
+    if any("loss" in entry for entry in entries) and not any("train_runtime" in entry for entry in entries):
+        # The last evaluation came after the training if there is one of the same step before it.
+        evaluated = [entry["step"] for entry in entries if "eval_loss" in entry and "step" in entry]
+        again = "eval_loss" in entries[-1] and len(evaluated) > 1 and evaluated[-1] == evaluated[-2]
+        entries.insert(len(entries) - again, {"train_runtime": None})
+    state.log_history = entries
+    try:
+        yield
+    finally:
+        state.log_history = log
+
+
+def _in_a_table(name: str) -> tuple[bool, str]:
+    """The order of columns, whether a log was read from a file, which sorts it, or not."""
+    return name != "eval_loss", name
+
+
 # ---- cards ----
 
 
@@ -140,14 +176,7 @@ def complete_card(folder: str | Path, trained: TrainedModel) -> None:
     path = Path(folder) / CARD_NAME
     card, text = _read(path)
     card = _valid(card, trained)
-    optimizer = _named(trained.optimizer)
-    eps = optimizer.param_groups[0].get("eps") if optimizer is not None else None
-    if isinstance(eps, float):
-        # The Trainer prints `adam_epsilon`, which is not what every optimizer takes.
-        text = re.sub(r"(\n- optimizer: Use \S+ with betas=\(.*?\) and epsilon=)\S+", rf"\g<1>{eps}", text)
-    text = re.sub(r"\bOptimizerNames\.(\w+)", lambda match: match[1].lower(), text)
-    # A time that Transformers measures where a model is evaluated that it has not trained.
-    text = re.sub(r"\n- Model Preparation Time: .*", "", text)
+    text = _corrected(text, trained)
     for theirs, ours in _mended(trained):
         text = text.replace(theirs, ours)
     sections = {
@@ -204,6 +233,27 @@ def add_comparison(
     before = titles.index(taken) if taken is not None else titles.index("XGrad") + 1 if "XGrad" in titles else 1
     others = [text for title, text in sections.items() if title != taken]
     _write(path, card, [*others[:before], section, *others[before:]])
+
+
+def _corrected(text: str, trained: TrainedModel) -> str:
+    """A Trainer's text, where it is not what a reader wants or not true."""
+    text = re.sub(r"\bOptimizerNames\.(\w+)", lambda match: match[1].lower(), text)
+    # A heading without its table.
+    text = re.sub(r"### Training results\n\s*(?=#)", "", text)
+    optimizer = _named(trained.optimizer)
+    if optimizer is None:
+        return text
+    group = optimizer.param_groups[0]
+    if trained.own_optimizer:
+        settings = (
+            f"{name}={value}" for name, value in group.items() if isinstance(value, int | float | tuple) and value
+        )
+        described = f"\n- optimizer: {type(optimizer).__name__} with {', '.join(settings)}"
+        return re.sub(r"\n- optimizer: Use .*( are:\n.*)?", lambda _: described, text)
+    if isinstance(group.get("eps"), float):
+        # Printed is `adam_epsilon`, which is not what every optimizer takes.
+        text = re.sub(r"(\n- optimizer: Use \S+ with betas=\(.*?\) and epsilon=)\S+", rf"\g<1>{group['eps']}", text)
+    return text
 
 
 def _mended(trained: TrainedModel) -> Iterator[tuple[str, str]]:
@@ -293,28 +343,28 @@ def _is_finite(value: object) -> bool:
 
 def _how_to_use(trained: TrainedModel, base_model: Any) -> str | None:
     """Code that loads the model; None for one of a class that others do not have."""
-    kind = type(trained.model)
+    kind, name = type(trained.model), json.dumps(trained.name, ensure_ascii=False)
     package = kind.__module__.split(".")[0]
     lines = []
     if package == "transformers":
         lines += [
             f"from transformers import {kind.__name__}",
             "",
-            f'model = {kind.__name__}.from_pretrained("{trained.name}")',
+            f"model = {kind.__name__}.from_pretrained({name})",
         ]
     elif package == "peft":
         auto = f"Auto{kind.__name__}"
-        lines += [f"from peft import {auto}", "", f'model = {auto}.from_pretrained("{trained.name}")']
+        lines += [f"from peft import {auto}", "", f"model = {auto}.from_pretrained({name})"]
     else:
         return None
     if trained.processing_class is not None:
         is_tokenizer = isinstance(trained.processing_class, PreTrainedTokenizerBase)
-        loader, name = ("AutoTokenizer", "tokenizer") if is_tokenizer else ("AutoProcessor", "processor")
+        loader, what = ("AutoTokenizer", "tokenizer") if is_tokenizer else ("AutoProcessor", "processor")
         if package == "transformers":
             lines[0] = f"from transformers import {', '.join(sorted((loader, kind.__name__)))}"
         else:
             lines.insert(1, f"from transformers import {loader}")
-        lines.append(f'{name} = {loader}.from_pretrained("{trained.name}")')
+        lines.append(f"{what} = {loader}.from_pretrained({name})")
     text = "\n".join(["```python", *lines, "```"])
     if package == "peft" and base_model is None:
         text += "\n\nThese are adapters; the model that they belong to is not on the Hub."
@@ -324,7 +374,7 @@ def _how_to_use(trained: TrainedModel, base_model: Any) -> str | None:
 def _method(trained: TrainedModel) -> str:
     config = trained.config
     steps = config.steps if isinstance(config.steps, str) else f"{config.steps:g}"
-    chosen = [entry["xgrad/steps"] for entry in trained.history if "xgrad/steps" in entry]
+    chosen = [entry["xgrad/steps"] for entry in trained.history if _is_finite(entry.get("xgrad/steps"))]
     if chosen:
         steps += f" (last: {chosen[-1]:.2f})"
     rows = [("steps predicted ahead, s", steps), ("rule", _rule(trained))]
@@ -333,8 +383,7 @@ def _method(trained: TrainedModel) -> str:
         rows.insert(0, ("optimizer", type(optimizer).__name__))
     if config.weight_decay:
         rows.append(("decoupled weight decay", "predicted too"))
-    cosines = [entry["xgrad/cosine"] for entry in trained.history if "xgrad/cosine" in entry]
-    cosines = [cosine for cosine in cosines if _is_finite(cosine)]
+    cosines = [entry["xgrad/cosine"] for entry in trained.history if _is_finite(entry.get("xgrad/cosine"))]
     if cosines:
         mean = sum(cosines) / len(cosines)
         rows.append(("cosine of predicted and made step", f"{mean:.2f} (mean of {len(cosines)} logged steps)"))
@@ -374,7 +423,11 @@ def _rule(trained: TrainedModel) -> str:
 
 def _picture(folder: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Draws the losses into `folder` and returns the line that shows them; "" where there is nothing to draw."""
-    groups = {name: [list(history)] for name, history in histories.items()}
+    # Whoever writes into a log of their own may leave out the step.
+    groups = {
+        name: [[entry for entry in history if isinstance(entry.get("step"), int)]]
+        for name, history in histories.items()
+    }
     if not any("loss" in entry or "eval_loss" in entry for runs in groups.values() for run in runs for entry in run):
         return ""
     try:

@@ -241,7 +241,13 @@ def _draw(panel: Any, runs: Sequence[_Values], size: int, color: str, line: str)
     return notes
 
 
+def _printable(text: str) -> str:
+    """`text` without what no picture can have: control characters, and what is not UTF-8 in the name of a folder."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
 def _legend_name(group: str, runs: int) -> str:
+    group = _printable(group)
     half = _LONGEST_NAME // 2
     name = group if len(group) <= _LONGEST_NAME else f"{group[:half]}…{group[1 - half :]}"
     return name if runs == 1 else f"{name} ({runs} runs)"
@@ -250,7 +256,7 @@ def _legend_name(group: str, runs: int) -> str:
 def _write_below(figure: Any, names: Sequence[str], notes: Sequence[str]) -> None:
     """Adds the legend and the notes, in room of their own."""
     more = len(notes) - _MOST_NOTES
-    text = "\n".join([*notes[:_MOST_NOTES], *([f"And {more} more."] if more > 0 else [])])
+    text = "\n".join([*map(_printable, notes[:_MOST_NOTES]), *([f"And {more} more."] if more > 0 else [])])
     written = figure.text(0.01, 0, text, size="small", color="#444444", verticalalignment="bottom", wrap=True)
     styles = zip(names, STYLES, strict=False)
     handles = [figure.axes[0].plot([], [], line, color=color)[0] for _, (color, line) in styles]
@@ -342,9 +348,13 @@ def _name_and_run(text: str) -> tuple[str | None, Run]:
     # Names of folders may have a "=" too.
     name: str | None
     name, separator, path = text.partition("=")
-    if not separator or Path(text).exists():
-        name, path = None, text
-    if name == "" or not path or not Path(path).exists():
+    try:
+        if not separator or Path(text).exists():
+            name, path = None, text
+        found = name != "" and path != "" and Path(path).exists()
+    except OSError as error:
+        raise PlotError(f"{text}: {error.strerror}") from error
+    if not found:
         raise PlotError(f"{text}: no such file or folder")
     return name, read_run(Path(path))
 

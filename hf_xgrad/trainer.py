@@ -30,8 +30,15 @@ from hf_xgrad.checkpoints import (
     write_state,
     writing,
 )
-from hf_xgrad.hub import PUSH_ERRORS, UnsavedToken, push_command
-from hf_xgrad.model_card import TrainedModel, base_model_of, complete_card, is_hub_id, naming_hub_models_only
+from hf_xgrad.hub import PUSH_ERRORS, UnsavedToken, has_model, push_again, push_command
+from hf_xgrad.model_card import (
+    TrainedModel,
+    base_model_of,
+    complete_card,
+    is_hub_id,
+    naming_hub_models_only,
+    with_readable_log,
+)
 from hf_xgrad.optim import AdaM3
 from hf_xgrad.prediction import (
     IN_BACKWARD,
@@ -116,6 +123,7 @@ class XGradMixin(_Trainer):
         if self.args.hub_token is not None:
             # The Trainer pickles its arguments, token and all, into a file that it pushes.
             self.args.hub_token = UnsavedToken(self.args.hub_token)
+        self._has_own_optimizer = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         self._check_xgrad()
         self._warn_of_local_names()
 
@@ -301,10 +309,19 @@ class XGradMixin(_Trainer):
         """
         if not self.is_world_process_zero():
             return
-        with naming_hub_models_only(self.model):
-            super().create_model_card(*args, **kwargs)
-        trained = TrainedModel.of(self, self.xgrad_config, kwargs.get("tasks"))
-        complete_card(str(self.args.output_dir), trained)
+        create = super().create_model_card
+        given = inspect.signature(create).bind(*args, **kwargs).arguments
+        if given.get("model_name") == "":
+            # Of output_dir ".", say.
+            kwargs["model_name"] = os.path.basename(os.path.abspath(str(self.args.output_dir)))
+        with naming_hub_models_only(self.model), with_readable_log(self.state):
+            create(*args, **kwargs)
+        trained = TrainedModel.of(self, self.xgrad_config, given.get("tasks"), self._has_own_optimizer)
+        try:
+            complete_card(str(self.args.output_dir), trained)
+        except Exception:
+            # Some trainers write the card with every checkpoint: it must not end a run.
+            logger.warning("XGrad: the model card is left as the Trainer wrote it.", exc_info=True)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's own `push_to_hub`; an error has a note that says how to push again what was trained."""
@@ -313,7 +330,9 @@ class XGradMixin(_Trainer):
         except CheckpointError:
             raise
         except PUSH_ERRORS as error:
-            error.add_note(f"XGrad: the model is in {self.args.output_dir}; to push it: {self._push_command(kwargs)}")
+            if has_model(str(self.args.output_dir)):
+                way_out = push_again(error, self._push_command(kwargs))
+                error.add_note(f"XGrad: the model is in {self.args.output_dir}; {way_out}")
             raise
 
     def _push_command(self, given: dict[str, Any]) -> str:

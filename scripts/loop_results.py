@@ -44,7 +44,9 @@ def make_repository(args: LoopArguments, base_model: str | None) -> None:
         return
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     with as_input_error(*HUB_ERRORS, prefix=f"--push_to_hub: cannot make {name}: "):
-        HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True)
+        repository = HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True)
+    # With the name of its owner, for the card.
+    args.hub_model_id = repository.repo_id
     if base_model is not None and not is_hub_id(base_model):
         logger.warning("%s is no id of the Hub: the model card will not name it as base_model", base_model)
 

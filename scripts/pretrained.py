@@ -61,6 +61,8 @@ def load_model(auto_class: Any, model_args: ModelArguments, config: PreTrainedCo
     """
     if model_args.model_name_or_path is None:
         kind = {} if model_args.dtype == "auto" else {"dtype": model_args.dtype}
+        # New weights: the model is no version of the one whose configuration this is.
+        config._name_or_path = ""
         with as_input_error(ValueError, ImportError, prefix="cannot make the model: "):
             return auto_class.from_config(config, trust_remote_code=model_args.trust_remote_code, **kind, **settings)
     with _loading("model", model_args.model_name_or_path):

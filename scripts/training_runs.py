@@ -22,7 +22,7 @@ from transformers.utils.import_utils import is_liger_kernel_available
 
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.checkpoints import fault, last_checkpoint
-from hf_xgrad.hub import PUSH_ERRORS, has_model, push, push_command
+from hf_xgrad.hub import PUSH_ERRORS, push, push_again, push_command
 from hf_xgrad.model_card import add_comparison
 from loop_arguments import Optim, make_optimizer, make_schedule
 from run_results import RESUMED, compare, format_comparison, read_json, read_log, write_comparison, write_json
@@ -96,14 +96,19 @@ def check_run(run_args: RunArguments, args: Any) -> None:
         raise InputError("--use_liger_kernel needs the package liger-kernel, which is not installed")
     if args.resume_from_checkpoint and not run_args.resume:
         raise InputError("--resume_from_checkpoint and --no_resume exclude each other")
-    if args.push_to_hub and not args.do_train and not has_model(args.output_dir):
-        raise InputError(f"--push_to_hub: --output_dir {args.output_dir} holds no model to push: give --do_train")
+    if args.push_to_hub and not args.do_train:
+        # What --output_dir may hold need not be what is evaluated.
+        raise InputError(
+            "--push_to_hub pushes what is trained: give --do_train (`python -m hf_xgrad push` pushes a folder)"
+        )
     if not run_args.baseline:
         return
     if not args.do_train:
         raise InputError("--baseline compares two trainings: it needs --do_train")
     if not args.xgrad:
         raise InputError("--baseline runs with XGrad on and off: it excludes --no_xgrad")
+    if args.xgrad_steps == 0:
+        raise InputError("--baseline runs with XGrad on and off: it excludes --xgrad_steps 0, which is off")
     if args.resume_from_checkpoint:
         raise InputError("--baseline resumes each run from its own folder: it excludes --resume_from_checkpoint")
 
@@ -208,9 +213,9 @@ def push_run(args: Any) -> None:
     try:
         commit = push(args.output_dir, args.hub_model_id, token=args.hub_token, **target)
     except PUSH_ERRORS as error:
-        command = push_command(args.output_dir, args.hub_model_id, **target)
+        again = push_again(error, push_command(args.output_dir, args.hub_model_id, **target))
         raise InputError(
-            f"--push_to_hub: {args.output_dir} is complete but not pushed ({one_line(error)}); to push it: {command}"
+            f"--push_to_hub: {args.output_dir} is complete but not pushed ({one_line(error)}); {again}"
         ) from error
     logger.info("Pushed to %s", commit.repo_url)
 

@@ -150,3 +150,28 @@ def test_the_table_needs_no_library(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     before = set(sys.modules)
     output(capsys, "optimizers")
     assert {name.partition(".")[0] for name in set(sys.modules) - before} <= {"hf_xgrad"}
+
+
+# ---- push ----
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "said"),
+    [
+        ("nowhere", None, "there is no folder"),
+        ("run", ("config.json",), "holds no model to push"),
+        ("checkpoint-4", ("config.json", "model.safetensors"), "is a checkpoint; the folder of the run is"),
+    ],
+)
+def test_what_cannot_be_pushed_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, files: tuple[str, ...] | None, said: str
+) -> None:
+    folder = tmp_path / name
+    if files is not None:
+        folder.mkdir()
+        for file in files:
+            (folder / file).write_text("{}")
+    assert command_line.main(["push", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {folder} was not pushed: ")
+    assert said in line

@@ -226,7 +226,7 @@ CASES = [*((kind, False) for kind in FAULTS), ("commit", True), ("commit_cut_off
 def push_again(client: Clients, outcome: Outcome) -> dict[str, Any]:
     """Run the command that the error names, as whoever is logged in."""
     (note,) = outcome.notes
-    words = shlex.split(note.partition("to push it: ")[2])
+    words = shlex.split(note[note.index("python -m hf_xgrad push") :])
     assert words[:4] == ["python", "-m", "hf_xgrad", "push"]
     return client(hub_runs.command, token=TOKEN, words=words[3:]).unwrap()
 

@@ -159,6 +159,73 @@ def test_the_epsilon_is_that_of_the_optimizer(tmp_path: Path, optim: str, eps: s
     assert f" with betas=(0.9,0.999) and epsilon={eps} and" in card_of(tmp_path)[1]
 
 
+@pytest.mark.parametrize("counted", ["non_padding", "no"])
+def test_all_evaluations_are_in_the_table(tmp_path: Path, counted: str) -> None:
+    trainer = trained(tmp_path, include_num_input_tokens_seen=counted)
+    for log in (trainer.state.log_history, [e for e in trainer.state.log_history if "train_loss" not in e]):
+        trainer.state.log_history = log
+        trainer.create_model_card()
+        _, table = card_of(tmp_path)[1].split("### Training results\n\n")
+        steps = [line.split("|")[3].strip() for line in table.splitlines()[2:4]]
+        assert steps == ["2", "4"]
+        assert "- Loss: " in card_of(tmp_path)[1]
+        assert trainer.state.log_history is log
+
+
+def test_a_given_optimizer_is_the_one_that_is_described(tmp_path: Path) -> None:
+    model = tiny.bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
+    args = tiny.arguments(tmp_path, XGradTrainingArguments, max_steps=2)
+    trainer = XGradTrainer(model=model, args=args, train_dataset=tiny.Sentences(8), optimizers=(optimizer, None))
+    trainer.train()
+    trainer.create_model_card()
+    (line,) = [line for line in card_of(tmp_path)[1].splitlines() if line.startswith("- optimizer:")]
+    assert line.startswith("- optimizer: SGD with ")
+    assert "momentum=0.5" in line
+    assert "adamw" not in card_of(tmp_path)[1]
+
+
+def test_without_evaluation_there_is_no_heading_for_its_results(tmp_path: Path) -> None:
+    trained(tmp_path, eval_strategy="no").create_model_card()
+    text = card_of(tmp_path)[1]
+    assert "### Training results" not in text
+    assert "### Framework versions" in text
+
+
+def test_a_log_that_others_wrote_into_does_not_end_the_run(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    trainer.state.log_history += [{"loss": 1.0}, {"loss": 1.0, "step": None}, {"xgrad/cosine": "high", "step": 4}]
+    trainer.create_model_card()
+    assert "## XGrad" in card_of(tmp_path)[1]
+
+
+def test_what_goes_wrong_with_the_card_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = trained(tmp_path)
+    trainer.create_model_card(tags=["a", {1: 2}])
+    assert "the model card is left as the Trainer wrote it" in caplog.text
+    assert (tmp_path / CARD_NAME).is_file()
+
+
+@pytest.mark.parametrize(("tasks", "tag"), [(["fill-mask"], "fill-mask"), (["fill-mask", "other"], None)])
+@pytest.mark.parametrize("positional", [True, False])
+def test_tasks_may_be_several(tmp_path: Path, tasks: list[str], tag: str | None, positional: bool) -> None:
+    trainer = trained(tmp_path)
+    if positional:
+        trainer.create_model_card(None, None, None, None, None, tasks)
+    else:
+        trainer.create_model_card(tasks=tasks)
+    assert card_of(tmp_path)[0].get("pipeline_tag") == tag
+
+
+def test_a_run_in_the_working_directory_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = trained(Path("."))
+    trainer.create_model_card(model_name="")
+    card, text = card_of(tmp_path)
+    assert card["model-index"][0]["name"] == tmp_path.name
+    assert f"# {tmp_path.name}\n" in text
+
+
 # ---- metadata ----
 
 

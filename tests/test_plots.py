@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 import numpy as np
@@ -260,6 +261,20 @@ def test_names_are_shown_as_they_are(drawn: Drawn, tmp_path: Path, name: str) ->
     assert drawn.names == [name]
     assert not drawn.figure.legends[0].get_texts()[0].get_parse_math()
     assert drawn.notes == [f"{name}, training loss: not finite at 1 of 2 steps."]
+
+
+@pytest.mark.parametrize(("name", "shown"), [("a\nb\x08", "a\ufffdb\ufffd"), (os.fsdecode(b"caf\xe9"), "caf\ufffd")])
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_names_that_cannot_be_written(drawn: Drawn, tmp_path: Path, name: str, shown: str, ending: str) -> None:
+    plot_runs({name: [log(1, math.nan)], "other": [log(2, 3)]}, tmp_path / f"x.{ending}")
+    assert drawn.names[0] == shown
+    if ending == "svg":
+        ElementTree.parse(tmp_path / "x.svg")
+
+
+def test_a_name_that_is_too_long_for_a_file(tmp_path: Path) -> None:
+    with pytest.raises(PlotError, match="name too long"):
+        plot_folders(["x" * 300], tmp_path / "x.png")
 
 
 def test_long_names_are_cut_in_the_middle(drawn: Drawn, tmp_path: Path) -> None:

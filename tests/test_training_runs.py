@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from huggingface_hub.errors import HTTPError
 import language_modeling
 import run_clm
 import run_clm_no_trainer
+from hf_xgrad import hub
 from run_files import history, read, same_weights, with_hub, write_texts
 from run_results import write_json
 
@@ -279,6 +280,37 @@ def test_schedules_and_optimizers_of_the_trainer_alone_are_not_refused(
 # Pushing
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--do_eval", "--push_to_hub"), "--push_to_hub pushes what is trained: give --do_train"),
+        (("--do_train", "--baseline", "--xgrad_steps", "0"), "it excludes --xgrad_steps 0"),
+    ],
+)
+def test_what_makes_no_sense_together(
+    tmp_path: Path,
+    script: ModuleType,
+    texts: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    said: str,
+) -> None:
+    assert said in refused(script, capsys, *MODEL, *texts, *flags, "--output_dir", str(tmp_path / "out"))
+
+
+def test_the_code_of_a_card_loads_from_where_the_model_is_pushed(
+    tmp_path: Path, script: ModuleType, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_hub(monkeypatch, upload_folder=lambda **_: SimpleNamespace(repo_url="there"))
+    run(script, *SHARED, *texts, "--output_dir", str(tmp_path / "out"))
+    assert '.from_pretrained("out")' in (tmp_path / "out" / "README.md").read_text()
+    assert "fine-tuned" not in (tmp_path / "out" / "README.md").read_text()
+    hub.push(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.count('.from_pretrained("me/out")') == 2
+    assert '.from_pretrained("out")' not in card
+
+
 @pytest.mark.parametrize("error", [OSError, HTTPError])
 def test_a_push_that_fails_costs_nothing_else(
     tmp_path: Path,
@@ -294,8 +326,9 @@ def test_a_push_that_fails_costs_nothing_else(
     with_hub(monkeypatch, upload_folder=upload)
     out = tmp_path / "out"
     said = refused(script, capsys, *SHARED, *texts, "--baseline", "--push_to_hub", "--output_dir", str(out))
+    named = " --hub_model_id me/out" if script is run_clm_no_trainer else ""
     assert said == (
-        f"--push_to_hub: {out} is complete but not pushed (no route); to push it: python -m hf_xgrad push {out}"
+        f"--push_to_hub: {out} is complete but not pushed (no route); to push it: python -m hf_xgrad push {out}{named}"
     )
     for folder in (out, tmp_path / "out-baseline"):
         assert {"README.md", "model.safetensors", "eval_results.json"} <= {path.name for path in folder.iterdir()}
