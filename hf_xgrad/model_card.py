@@ -314,7 +314,9 @@ def _valid(card: dict[str, Any], trained: TrainedModel) -> dict[str, Any]:
     if tags:
         card["tags"] = list(dict.fromkeys(tags))
     if trained.task is not None and "pipeline_tag" not in card:
-        card = {"library_name": card.pop("library_name", None), "pipeline_tag": trained.task, **card}
+        # Beside the library, at the top.
+        library = {key: card.pop(key) for key in ("library_name",) if key in card}
+        card = {**library, "pipeline_tag": trained.task, **card}
     for model in card.get("model-index") or []:
         results = [_valid_result(result, trained) for result in model.get("results") or []]
         model["results"] = [result for result in results if result is not None]
