@@ -312,7 +312,7 @@ def test_everything_is_written_before_the_one_push(
         if not done:
             assert not (tmp_path / "out" / "trainer_state.json").exists()
         done.append((repo_id, settings))
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
     def upload(*, repo_id: str, folder_path: Path, ignore_patterns: list[str], **_: Any) -> SimpleNamespace:
         done.append((repo_id, {path.name for path in folder_path.iterdir()}))
@@ -325,9 +325,11 @@ def test_everything_is_written_before_the_one_push(
         *named, "--hub_token", "secret", "--hub_private_repo", "true",
         "--output_dir", str(tmp_path / "out"))  # fmt: skip
     *created, pushed = done
-    assert created == [(name or "out", {"private": True, "exist_ok": True})] * 2
+    settings = {"private": True, "exist_ok": True}
+    # Before the training, and for the push.
+    assert created == [(name or "out", settings), (name or "me/out", settings)]
     assert tokens == ["secret", "secret"]
-    assert pushed[0] == f"me/{name or 'out'}"
+    assert pushed[0] == (name or "me/out")
     kinds = ("all", "train", "eval")
     wanted = {"README.md", "model.safetensors", "predict_results.tsv", *(f"{kind}_results.json" for kind in kinds)}
     assert wanted <= pushed[1]
