@@ -35,7 +35,7 @@ _READ_AGAIN = re.compile(
     r"|(optimizer|scheduler|scaler|rng_state|random_states|sampler|custom_checkpoint|training_args)[^/]*\.(pt|pth|bin|pkl)"
     r"|(pytorch_model_fsdp|optimizer)_\d+/.*\.distcp|global_step\d+/.*\.pt"
 )
-_INDEX = (("model.safetensors", ".index.json"), ("pytorch_model.bin", ".index.json"))
+_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 # What there is beside weights, whatever form those have.
 _NO_WEIGHTS = re.compile(
     r"\.|xgrad|optimizer|scheduler|scaler|rng_state|training_args|random_states|sampler|dl_state_dict|custom_checkpoint"
@@ -206,12 +206,13 @@ def _faults(checkpoint: Path, own: bool, marked: bool = False) -> Iterator[str]:
                 reason = f"cannot be read ({error.strerror or error})"
             if reason is not None:
                 yield f"{name} {reason}"
-    for whole, end in _INDEX:
+    for single in _SINGLE_FILES:
+        index = checkpoint / f"{single}.index.json"
         # As the Trainer reads them: the index only where there is no single file.
-        if not (checkpoint / whole).exists() and (checkpoint / (whole + end)).exists():
-            reason = _fault_of_index(checkpoint / (whole + end))
+        if index.exists() and not (checkpoint / single).exists():
+            reason = _fault_of_index(index)
             if reason is not None:
-                yield f"{whole}{end} {reason}"
+                yield f"{index.name} {reason}"
     if all(_NO_WEIGHTS.match(path.name) for path in entries):
         yield "it has no weights"
     # The Trainer takes up neither without the other, and says nothing.
