@@ -5,12 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 from hf_xgrad import closed_forms as closed_forms
 from hf_xgrad import optim as optim
-from hf_xgrad.prediction import WeightPredictor
-from hf_xgrad.rules import register_rule
+from hf_xgrad.core.config import XGradConfig
+from hf_xgrad.core.rules import register_rule
+from hf_xgrad.predictor import WeightPredictor
 
 if TYPE_CHECKING:
-    from hf_xgrad.arguments import XGradConfig, XGradSeq2SeqTrainingArguments, XGradTrainingArguments
-    from hf_xgrad.trainer import XGradMixin, XGradSeq2SeqTrainer, XGradTrainer
+    from hf_xgrad.trainer import (
+        XGradMixin,
+        XGradSeq2SeqTrainer,
+        XGradSeq2SeqTrainingArguments,
+        XGradTrainer,
+        XGradTrainingArguments,
+        enable_xgrad,
+    )
 
 __version__ = "0.1.0"
 
@@ -22,26 +29,16 @@ __all__ = [
     "XGradSeq2SeqTrainingArguments",
     "XGradTrainer",
     "XGradTrainingArguments",
+    "enable_xgrad",
     "register_rule",
 ]
 
-# What needs Transformers comes when it is asked for: `python -m hf_xgrad` need not wait for that.
-_ON_DEMAND = {
-    "XGradConfig": "arguments",
-    "XGradMixin": "trainer",
-    "XGradSeq2SeqTrainer": "trainer",
-    "XGradSeq2SeqTrainingArguments": "arguments",
-    "XGradTrainer": "trainer",
-    "XGradTrainingArguments": "arguments",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_DEMAND:
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_ON_DEMAND[name]}"), name)
+    # What needs Transformers comes when it is asked for: `python -m hf_xgrad` need not wait for that.
+    if name in __all__:
+        value = globals()[name] = getattr(import_module(f"{__name__}.trainer"), name)
         return value
-    if name in _ON_DEMAND.values():
-        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 if TYPE_CHECKING:
-    from hf_xgrad.prediction import WeightPredictor
+    from hf_xgrad.predictor import WeightPredictor
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +47,7 @@ _XGRAD_STATE = "xgrad"
 _XGRAD_STATE_FILE = re.compile(rf"{_XGRAD_STATE}(-\d{{5}}-of-\d{{5}})?\.safetensors")
 _STEPS_PREFIX = "steps."
 _METADATA = {"holds", "lrs"}
+_STILL = "still"
 
 # What a disk answers without naming a file.
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
@@ -78,8 +79,10 @@ def checkpoint_to_resume(given: str | os.PathLike[str] | bool, output_dir: str) 
             return given
         last, _ = _search(os.path.dirname(os.path.abspath(str(given))))
         way_out = f"The last whole one beside it is {last}." if last else "There is no whole one beside it."
+        # The first words are those of the Trainer.
         raise ValueError(
-            f"XGrad: resume_from_checkpoint={str(given)!r} is not a whole checkpoint: {reason}. {way_out}"
+            f"Can't find a valid checkpoint at {given}. XGrad: resume_from_checkpoint={str(given)!r} is not a whole "
+            f"checkpoint: {reason}. {way_out}"
         )
     last, skipped = _search(output_dir)
     if last is None and skipped:
@@ -178,6 +181,17 @@ def fault(checkpoint: str, *, own: bool = True) -> str | None:
     return next(_faults(Path(checkpoint), own), None)
 
 
+def missing_optimizer(checkpoint: str) -> str | None:
+    """What somebody took out of a whole checkpoint, so that the optimizer starts anew; None where it goes on.
+
+    The Trainer takes up neither the optimizer's state nor the schedule's without the other, and says nothing.
+    """
+    names = os.listdir(checkpoint)
+    if not any(name.startswith(("optimizer", "global_step")) for name in names):
+        return "optimizer.pt"
+    return "scheduler.pt" if "optimizer.pt" in names and "scheduler.pt" not in names else None
+
+
 def holds_mark_only(checkpoint: str) -> bool:
     """Whether a just-in-time checkpoint has been begun, on every process, in one that was whole before.
 
@@ -215,13 +229,6 @@ def _faults(checkpoint: Path, own: bool, marked: bool = False) -> Iterator[str]:
                 yield f"{index.name} {reason}"
     if all(_NO_WEIGHTS.match(path.name) for path in entries):
         yield "it has no weights"
-    # The Trainer takes up neither without the other, and says nothing.
-    has_optimizer = any(path.name.startswith(("optimizer", "global_step")) for path in entries)
-    anew = "without both, the optimizer starts anew"
-    if (checkpoint / "scheduler.pt").exists() and not has_optimizer:
-        yield f"it has a scheduler.pt, but no optimizer's state ({anew})"
-    if (checkpoint / "optimizer.pt").exists() and not (checkpoint / "scheduler.pt").exists():
-        yield f"it has an optimizer.pt, but no scheduler.pt ({anew})"
     for folder in folders:
         if any(folder.glob("*.distcp")) and not (folder / ".metadata").is_file():
             yield f"{folder.name} has no .metadata, which is written last"
@@ -307,7 +314,7 @@ def writing(folder: str, output_dir: str) -> Iterator[None]:
 
 
 def _reason(error: Exception, folder: str, free: int) -> str | None:
-    """What the disk, or the way to it, had against a file; None for errors of other kinds."""
+    """Why a write to disk failed, or None for errors of other kinds."""
     if isinstance(error, OSError):
         # What the network raises names no file, and nor does a CheckpointError from within.
         if error.filename is None:
@@ -354,7 +361,9 @@ def write_state(state: Mapping[str, Any], checkpoint: str) -> None:
     """Writes what a predictor's `state_dict` gave, all of it or nothing."""
     tensors = {name: weight.contiguous() for name, weight in state.get("weights", {}).items()}
     tensors |= {f"{_STEPS_PREFIX}{name}": tensor for name, tensor in state.get("steps", {}).items()}
-    metadata = {"holds": state["holds"], "lrs": json.dumps(state["lrs"])} if "holds" in state else None
+    metadata = None
+    if "holds" in state:
+        metadata = {"holds": state["holds"], "lrs": json.dumps(state["lrs"]), _STILL: json.dumps(state[_STILL])}
     path = Path(checkpoint, state_name(state.get("process")))
     path.parent.mkdir(parents=True, exist_ok=True)
     # Whatever has the name is replaced, even a link, which is not followed.
@@ -404,9 +413,10 @@ def _read_state(path: Path) -> dict[str, Any]:
     steps = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_STEPS_PREFIX)}
     state: dict[str, Any] = {}
     if tensors or metadata:
-        if set(metadata) != _METADATA:
-            raise ValueError(f"its metadata are {sorted(metadata)}, not {sorted(_METADATA)}")
+        if set(metadata) - {_STILL} != _METADATA:
+            raise ValueError(f"its metadata are {sorted(metadata)}, not {sorted({*_METADATA, _STILL})}")
         state |= {"holds": metadata["holds"], "lrs": json.loads(metadata["lrs"]), "weights": tensors}
+        state[_STILL] = json.loads(metadata.get(_STILL, "[]"))
     if steps:
         state["steps"] = {name.removeprefix(_STEPS_PREFIX): tensor for name, tensor in steps.items()}
     return state

@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_xgrad import __version__
-from hf_xgrad.arguments import XGradConfig
+from hf_xgrad.core.config import XGradConfig
+from hf_xgrad.core.refusals import unwrap_optimizer
+from hf_xgrad.core.rules import form_of_group
 from hf_xgrad.plots import PlotError, plot_runs
-from hf_xgrad.prediction import form_of_group, unwrap_optimizer
 
 logger = logging.get_logger(__name__)
 
@@ -68,6 +69,7 @@ class TrainedModel:
         split: the split of the data set that it was evaluated on.
         builder: what built that data set (its `builder_name`: "generator", say), which Transformers takes for an id.
         own_optimizer: whether `optimizer` was given to the Trainer, which describes that of its arguments even so.
+        unpredicted: steps that were taken without a prediction, as where training_step is another.
     """
 
     config: XGradConfig
@@ -80,9 +82,10 @@ class TrainedModel:
     split: str | None = None
     builder: str | None = None
     own_optimizer: bool = False
+    unpredicted: int = 0
 
     @classmethod
-    def of(cls, trainer: Any, config: XGradConfig, tasks: Any, own_optimizer: bool) -> TrainedModel:
+    def of(cls, trainer: Any, config: XGradConfig, tasks: Any, own_optimizer: bool, unpredicted: int) -> TrainedModel:
         """What a Trainer's card says of its model."""
         tasks = [tasks] if isinstance(tasks, str) else tasks or []
         folder = os.path.abspath(trainer.args.output_dir)
@@ -99,6 +102,7 @@ class TrainedModel:
             split=None if split is None else str(split),
             builder=getattr(data, "builder_name", None),
             own_optimizer=own_optimizer,
+            unpredicted=unpredicted,
         )
 
 
@@ -375,6 +379,12 @@ def _how_to_use(trained: TrainedModel, base_model: Any) -> str | None:
 
 def _method(trained: TrainedModel) -> str:
     config = trained.config
+    if trained.unpredicted:
+        return (
+            f"[XGrad]({PAPER}) was set up for this run, but {trained.unpredicted} of its steps were taken without a "
+            "prediction, as with the plain optimizer: the trainer has a training_step of its own that does not call "
+            "XGrad's."
+        )
     steps = config.steps if isinstance(config.steps, str) else f"{config.steps:g}"
     chosen = [entry["xgrad/steps"] for entry in trained.history if _is_finite(entry.get("xgrad/steps"))]
     if chosen:

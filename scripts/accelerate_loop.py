@@ -129,47 +129,51 @@ def train(
         log.write(evaluate())
 
     loss_of_steps = torch.zeros((), device=accelerator.device)
-    for epoch in range(state.global_step // steps_per_epoch, state.num_train_epochs):
-        done = state.global_step % steps_per_epoch * window_size
-        for window in _windows(loader, epoch, window_size, skip=done):
-            step = state.global_step + 1
-            ends = step == max_steps or step % steps_per_epoch == 0
-            logs = _is_due(args.logging_strategy, state.logging_steps, step, ends)
-            logs = logs or (args.logging_first_step and step == 1)
-            predictor.measure(logs)
+    try:
+        for epoch in range(state.global_step // steps_per_epoch, state.num_train_epochs):
+            done = state.global_step % steps_per_epoch * window_size
+            for window in _windows(loader, epoch, window_size, skip=done):
+                step = state.global_step + 1
+                ends = step == max_steps or step % steps_per_epoch == 0
+                logs = _is_due(args.logging_strategy, state.logging_steps, step, ends)
+                logs = logs or (args.logging_first_step and step == 1)
+                predictor.measure(logs)
 
-            model.train()
-            items = count_items(window)
-            # accumulate() lets the optimizer step whenever this count is a multiple of the window's size; the last
-            # window of an epoch may have fewer batches than others, and starts nearer to it.
-            accelerator.step = window_size - len(window)
-            for batch in window:
-                with accelerator.accumulate(model):
-                    with predictor.predicted():
-                        loss = share_of_loss(model, batch, items)
-                        # backward() divides by the size of a full window, `loss` is a share already.
-                        accelerator.backward(loss * window_size)
-                    loss_of_steps += loss.detach()
-                    if accelerator.sync_gradients:
-                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            learning_rate = optimizer.param_groups[0]["lr"]
-            if not accelerator.optimizer_step_was_skipped:
-                schedule.step()
+                model.train()
+                items = count_items(window)
+                # accumulate() lets the optimizer step whenever this count is a multiple of the window's size; the last
+                # window of an epoch may have fewer batches than others, and starts nearer to it.
+                accelerator.step = window_size - len(window)
+                for batch in window:
+                    with accelerator.accumulate(model):
+                        with predictor.predicted():
+                            loss = share_of_loss(model, batch, items)
+                            # backward() divides by the size of a full window, `loss` is a share already.
+                            accelerator.backward(loss * window_size)
+                        loss_of_steps += loss.detach()
+                        if accelerator.sync_gradients:
+                            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                learning_rate = optimizer.param_groups[0]["lr"]
+                if not accelerator.optimizer_step_was_skipped:
+                    schedule.step()
 
-            done += len(window)
-            state.global_step, state.epoch = step, epoch + done / len(loader)
-            log.progress.update()
-            if logs:
-                log.write_step(loss_of_steps, grad_norm, learning_rate, predictor.diagnostics())
-            last_of_steps = step == max_steps
-            if _is_due(args.eval_strategy, state.eval_steps, step, ends, also=last_of_steps):
-                log.write(evaluate())
-            if _is_due(args.save_strategy, state.save_steps, step, ends, also=last_of_steps):
-                _save_checkpoint(accelerator, args, state)
-            if step == max_steps:
-                break
+                done += len(window)
+                state.global_step, state.epoch = step, epoch + done / len(loader)
+                log.progress.update()
+                if logs:
+                    log.write_step(loss_of_steps, grad_norm, learning_rate, predictor.diagnostics())
+                last_of_steps = step == max_steps
+                if _is_due(args.eval_strategy, state.eval_steps, step, ends, also=last_of_steps):
+                    log.write(evaluate())
+                if _is_due(args.save_strategy, state.save_steps, step, ends, also=last_of_steps):
+                    _save_checkpoint(accelerator, args, state)
+                if step == max_steps:
+                    break
+    finally:
+        # A signal may come between the end of the prediction's body and its way out.
+        predictor.restore()
 
     metrics = log.finish(loss_of_steps, len(data))
     if accelerator.is_main_process:

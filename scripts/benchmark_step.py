@@ -23,8 +23,9 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_xgrad import WeightPredictor, XGradConfig
-from hf_xgrad.arguments import AUTO_STEPS, Steps
+from hf_xgrad.core.config import AUTO_STEPS
 from hf_xgrad.optim import AdaM3
+from hf_xgrad.trainer.arguments import Steps
 from run_results import format_table, write_json
 from script_arguments import InputError, ScriptParser, run_script
 

@@ -19,7 +19,7 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_xgrad import XGradConfig, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.arguments import Steps
+from hf_xgrad.trainer.arguments import Steps
 
 Strategy = Literal["no", "steps", "epoch"]
 Optim = Literal[

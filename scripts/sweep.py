@@ -19,7 +19,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from hf_xgrad import XGradConfig
-from hf_xgrad.arguments import AUTO_STEPS
+from hf_xgrad.core.config import AUTO_STEPS
 from hf_xgrad.plots import STYLES, new_figure
 from run_results import format_table, read_json, steps_text, write_json
 from script_arguments import CONFIG_SUFFIXES, InputError, describe_choices, read_config_file, run_script

@@ -115,7 +115,7 @@ def windows(items: list[Any]) -> list[list[Any]]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_window_sees_one_prediction(rule: str) -> None:
-    loop = Loop(XGradConfig(rule=rule), dropout=0.1).run()
+    loop = Loop(XGradConfig(steps=1.0, rule=rule), dropout=0.1).run()
     seen, true = windows(loop.forwards.weights), windows(loop.true)
     for ours, outside in zip(seen, true, strict=True):
         assert all(tiny.same(ours[0], other) for other in ours)
@@ -146,7 +146,7 @@ def test_the_prediction_is_that_of_the_equations(rule: str, s: float) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_the_update_is_that_of_the_gradient_at_the_predicted_weights(rule: str) -> None:
     """A plain loop, given the weights that the forwards saw, makes the same updates bit for bit."""
-    loop = Loop(XGradConfig(rule=rule)).run()
+    loop = Loop(XGradConfig(steps=1.0, rule=rule)).run()
     plain = AtWeights(loop.forwards.weights).run()
     assert plain.losses == loop.losses
     assert plain.outcome() == loop.outcome()
@@ -164,7 +164,7 @@ def test_switched_off_is_the_loop_without_predictor(config: XGradConfig) -> None
 @pytest.mark.parametrize("rule", RULES)
 def test_resumed_is_the_uninterrupted_loop(tmp_path: Path, rule: str, save_at: int) -> None:
     """After a window in the middle of an epoch, at its end, and in the second epoch; with dropout."""
-    config = XGradConfig(rule=rule)
+    config = XGradConfig(steps=1.0, rule=rule)
     uninterrupted = Loop(config, dropout=0.1).run(save_at=save_at, folder=tmp_path)
     resumed = Loop(config, dropout=0.1)
     resumed.accelerator.load_state(str(tmp_path))

@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradSeq2SeqTrainingArguments, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.arguments import EXTRA_OPTIMIZERS
+from hf_xgrad.trainer.arguments import EXTRA_OPTIMIZERS
 
 CLASSES = [XGradTrainingArguments, XGradSeq2SeqTrainingArguments]
 classes = pytest.mark.parametrize("cls", CLASSES)

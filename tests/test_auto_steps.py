@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_xgrad import auto_steps as auto_steps_module
-from hf_xgrad.auto_steps import AutoSteps
+from hf_xgrad.core import auto_steps as auto_steps_module
+from hf_xgrad.core.auto_steps import AutoSteps
+from hf_xgrad.core.config import XGradConfig
+from hf_xgrad.core.weights import Weights
 from tiny_models import bert
 
 GAMMA = 0.5
@@ -23,6 +25,8 @@ BOUND = 1 / (1 - GAMMA)
 # s after each of five updates that are all the same: sums of gamma^k, averaged.
 REPEATED = [1.0, 1.0, (0.98 * 1 + 1.5) / 1.98, (0.98**2 * 1 + 0.98 * 1.5 + 1.75) / (0.98**2 + 1.98)]
 REPEATED += [(0.98**3 * 1 + 0.98**2 * 1.5 + 0.98 * 1.75 + 1.875) / (0.98**3 + 0.98**2 + 1.98)]
+
+AUTO = XGradConfig(steps="auto")
 
 
 class Given(torch.optim.Optimizer):
@@ -54,7 +58,7 @@ def given(*sizes: Any, lr: Any = 1.0, **kwargs: Any) -> tuple[Given, AutoSteps]:
     """One group for each size, of one parameter."""
     groups = [{"params": [nn.Parameter(torch.zeros(size, **kwargs))]} for size in sizes]
     optimizer = Given(groups, lr)
-    return optimizer, AutoSteps(lambda: optimizer.param_groups)
+    return optimizer, AutoSteps(Weights(optimizer, "auto"), AUTO)
 
 
 def run(auto: AutoSteps, optimizer: Given, updates: Sequence[Any]) -> list[float]:
@@ -108,7 +112,7 @@ class Regression:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_whole_vectors_over_pairs_of_steps(name: str) -> None:
     training = Regression(OPTIMIZERS[name])
-    auto = AutoSteps(lambda: training.optimizer.param_groups)
+    auto = AutoSteps(Weights(training.optimizer, "auto"), AUTO)
     weights, lrs, found = [training.vector()], [], []
     for _ in range(30):
         lrs.append(training.optimizer.param_groups[0]["lr"])
@@ -146,7 +150,7 @@ def test_gradient_descent_in_a_bowl(ratio: float) -> None:
     lr = 0.25
     p = nn.Parameter(torch.tensor([1.0, -3.0]))
     optimizer = torch.optim.SGD([p], lr=lr)
-    auto = AutoSteps(lambda: optimizer.param_groups)
+    auto = AutoSteps(Weights(optimizer, "auto"), AUTO)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -258,7 +262,7 @@ def test_changes_between_steps_are_no_updates() -> None:
 def test_frozen_weights_do_not_count() -> None:
     first, second = (nn.Parameter(torch.zeros(3)) for _ in range(2))
     optimizer = Given([{"params": [first, second]}])
-    auto = AutoSteps(lambda: optimizer.param_groups)
+    auto = AutoSteps(Weights(optimizer, "auto"), AUTO)
     for u in (1.0, 1.5):
         stepped(auto, lambda u=u: optimizer.step([u, u]))
     second.requires_grad_(False)
@@ -292,7 +296,7 @@ def test_nothing_to_look_at() -> None:
     assert run(auto, optimizer, [1.0, 1.0]) == [1.0, 1.0]
     optimizer.param_groups[0]["params"].clear()
     assert stepped(auto, lambda: optimizer.step([])) == [1.0]
-    fresh = AutoSteps(lambda: optimizer.param_groups)
+    fresh = AutoSteps(Weights(optimizer, "auto"), AUTO)
     fresh.load_state_dict(auto.state_dict())
     assert fresh.values() == [1.0]
 
@@ -314,7 +318,7 @@ def reference_of_sample(shape: tuple[int, ...]) -> Tensor:
     """Which elements of a weight are looked at: those that an update of 1 reaches."""
     p = nn.Parameter(torch.zeros(shape))
     optimizer = Given([p])
-    auto = AutoSteps(lambda: optimizer.param_groups)
+    auto = AutoSteps(Weights(optimizer, "auto"), AUTO)
     numbers = torch.arange(1.0, p.numel() + 1).reshape(shape)
     stepped(auto, lambda: optimizer.step([numbers]))
     return auto.state_dict()["0.trace"].long() - 1
@@ -341,7 +345,7 @@ def test_the_sample_of_a_group_is_bounded_and_follows_no_period() -> None:
     # 48 layers of 9 tensors each: every kind of tensor must be among those looked at.
     params = [nn.Parameter(torch.full((40, 30), float(i))) for i in range(48 * 9)]
     optimizer = Given(params)
-    auto = AutoSteps(lambda: optimizer.param_groups)
+    auto = AutoSteps(Weights(optimizer, "auto"), AUTO)
     stepped(auto, lambda: optimizer.step([p.detach() + 1 for p in params]))
     trace = auto.state_dict()["0.trace"]
     assert trace.numel() <= auto_steps_module._TENSORS * auto_steps_module._ELEMENTS == 2**14
@@ -356,7 +360,7 @@ def test_the_sample_tells_what_all_weights_would(monkeypatch: pytest.MonkeyPatch
         torch.manual_seed(0)
         model = bert()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        auto = AutoSteps(lambda: optimizer.param_groups)
+        auto = AutoSteps(Weights(optimizer, "auto"), AUTO)
         data = torch.Generator().manual_seed(0)
         found = []
         for _ in range(25):
@@ -417,13 +421,13 @@ def test_large_weights_are_never_copied_nor_waited_for() -> None:
 def test_weights_in_any_order_of_memory(arranged: Callable[[], Tensor]) -> None:
     p = nn.Parameter(arranged())
     optimizer = Given([p])
-    auto = AutoSteps(lambda: optimizer.param_groups)
+    auto = AutoSteps(Weights(optimizer, "auto"), AUTO)
     assert run(auto, optimizer, [1.0] * 5) == pytest.approx(REPEATED)
 
 
 def test_weights_with_gaps_between_them_are_left_out() -> None:
     optimizer = Given([nn.Parameter(torch.zeros(8, 8)[:, :3])])
-    auto = AutoSteps(lambda: optimizer.param_groups)
+    auto = AutoSteps(Weights(optimizer, "auto"), AUTO)
     assert run(auto, optimizer, [1.0, 1.0, -1.0]) == [1.0] * 3
 
 
@@ -459,7 +463,7 @@ def test_every_floating_type(dtype: torch.dtype) -> None:
 
 def test_types_may_be_mixed() -> None:
     optimizer = Given([nn.Parameter(torch.zeros(3, dtype=d)) for d in (torch.float16, torch.bfloat16, torch.float32)])
-    auto = AutoSteps(lambda: optimizer.param_groups)
+    auto = AutoSteps(Weights(optimizer, "auto"), AUTO)
     assert [stepped(auto, lambda: optimizer.step([1.0] * 3))[0] for _ in range(5)] == pytest.approx(REPEATED)
 
 
@@ -478,7 +482,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(at: int, tmp_path: Path) -> None:
     found = [stepped(auto, lambda t=t: optimizer.step(noise(t))) for t in range(at)]
     save_file(auto.state_dict(), tmp_path / "state.safetensors")
     resumed = copy.deepcopy(optimizer)
-    auto = AutoSteps(lambda: resumed.param_groups)
+    auto = AutoSteps(Weights(resumed, "auto"), AUTO)
     auto.load_state_dict(load_file(tmp_path / "state.safetensors"))
     assert auto.values() == (found[-1] if found else [1.0, 1.0])
     found += [stepped(auto, lambda t=t: resumed.step(noise(t))) for t in range(at, 12)]
@@ -491,7 +495,7 @@ def test_the_state_is_a_copy() -> None:
     run(auto, optimizer, [1.0, 1.5])
     state = auto.state_dict()
     kept = copy.deepcopy(state)
-    other = AutoSteps(lambda: optimizer.param_groups)
+    other = AutoSteps(Weights(optimizer, "auto"), AUTO)
     other.load_state_dict(state)
     run(other, optimizer, [0.5])
     run(auto, optimizer, [0.5])
@@ -504,7 +508,7 @@ def test_a_group_that_has_made_no_step_yet_is_in_the_state() -> None:
     optimizer, auto = given(4)
     known = run(auto, optimizer, [1.0, 1.5, 0.5])[-1]
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
-    other = AutoSteps(lambda: optimizer.param_groups)
+    other = AutoSteps(Weights(optimizer, "auto"), AUTO)
     other.load_state_dict(auto.state_dict())
     assert other.values() == [known, 1.0]
 
@@ -541,7 +545,7 @@ def test_on_a_gpu_nothing_waits_for_the_device() -> None:
     def found_on(device: str) -> list[float]:
         params = [nn.Parameter(torch.zeros(size, device=device)) for size in (600, 5)]
         optimizer = Given([{"params": [p]} for p in params], lr=torch.tensor(0.5, device=device))
-        auto = AutoSteps(lambda: optimizer.param_groups)
+        auto = AutoSteps(Weights(optimizer, "auto"), AUTO)
         updates = [[torch.tensor(u, device=device) for u in (1.0 + t % 3, t % 2)] for t in range(8)]
         realise(auto, lambda: optimizer.step(updates[0]))
         found: list[Any] = []

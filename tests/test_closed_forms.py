@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import reference
 from hf_xgrad import WeightPredictor, XGradConfig, closed_forms
-from hf_xgrad.rules import closed_form_of
+from hf_xgrad.core.rules import closed_form_of
 from test_rules import SHAPES, predict, take_steps
 
 Twin = Callable[[list[Tensor], dict[str, Any]], Tensor]
@@ -243,7 +243,7 @@ def test_forms_at_rest_foresee_a_noisy_step_better_than_the_last_update(name: st
     for rule in ("closed_form", "last_update"):
         case = CASES[name]
         params, optimizer = make(case, lr=1e-3)
-        predictor = WeightPredictor(optimizer, XGradConfig(rule=rule))
+        predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0, rule=rule))
         generator = torch.Generator().manual_seed(0)
         total = 0.0
         for _ in range(80):
@@ -324,7 +324,8 @@ def test_steps_that_live_on_the_device_are_worked_with_there(name: str, monkeypa
     step_with(params, optimizer, gradients[:4])
     step_with(params[:1], optimizer, [step[:1] for step in gradients[4:]])
     on_host = predict(optimizer, params)
-    monkeypatch.setattr(closed_forms, "_readable", lambda column: column)
+    for module in (formulas, galore_torch, torch_optim):
+        monkeypatch.setattr(module, "readable", lambda column: column)
     for got, want in zip(predict(optimizer, params), on_host, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-12)
 
@@ -458,9 +459,9 @@ def test_coupled_decay_adds_nothing_to_the_prediction(name: str) -> None:
 def test_variants_that_step_otherwise_say_so(name: str, settings: dict[str, Any], reason: str) -> None:
     params, optimizer = make(CASES[name], **settings)
     with pytest.raises(ValueError, match=reason):
-        WeightPredictor(optimizer, XGradConfig(rule="closed_form"))
+        WeightPredictor(optimizer, XGradConfig(steps=1.0, rule="closed_form"))
     # And follow the last update, where one is free to choose.
-    predictor = WeightPredictor(optimizer, XGradConfig())
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
     take_steps(params, optimizer, 1)
     with predictor.predicted():
         assert predictor.is_predicted
@@ -471,7 +472,7 @@ def test_old_releases_follow_the_last_update(name: str, monkeypatch: pytest.Monk
     _, optimizer = make(CASES[name])
     monkeypatch.delattr(type(optimizer), "_step_foreach")
     with pytest.raises(ValueError, match="old releases"):
-        WeightPredictor(optimizer, XGradConfig(rule="closed_form"))
+        WeightPredictor(optimizer, XGradConfig(steps=1.0, rule="closed_form"))
 
 
 @pytest.mark.parametrize(
@@ -481,7 +482,7 @@ def test_bitsandbytes_says_what_needs_the_gradient(setting: str, value: Any, rea
     _, optimizer = make(CASES["bitsandbytes-adamw"])
     setattr(optimizer.args, setting, value)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=reason):
-        WeightPredictor(optimizer, XGradConfig(rule="closed_form"))
+        WeightPredictor(optimizer, XGradConfig(steps=1.0, rule="closed_form"))
 
 
 @pytest.mark.parametrize("bits_of_one", [8, 32])
@@ -497,10 +498,10 @@ def test_bitsandbytes_overrides_count(by_module: bool, bits_of_one: int, monkeyp
     else:
         manager.override_config(params[1], "optim_bits", bits_of_one)
     if bits_of_one == 32:
-        WeightPredictor(optimizer, XGradConfig(rule="closed_form"))
+        WeightPredictor(optimizer, XGradConfig(steps=1.0, rule="closed_form"))
     else:
         with pytest.raises(ValueError, match="overrides"):
-            WeightPredictor(optimizer, XGradConfig(rule="closed_form"))
+            WeightPredictor(optimizer, XGradConfig(steps=1.0, rule="closed_form"))
 
 
 def test_bitsandbytes_classes_of_other_defaults_have_the_same_form() -> None:

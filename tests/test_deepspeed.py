@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_xgrad import WeightPredictor, XGradConfig, prediction
-from hf_xgrad.rules import Delta, adam_direction, closed_form_of
+from hf_xgrad.closed_forms.torch_optim import adam_direction
+from hf_xgrad.core.rules import Direction, closed_form_of
 
 STEPS = 6
 MICRO_BATCHES = 2
@@ -106,7 +107,7 @@ class Case:
         if stage == 3 and dist.get_rank() == 1:
             self.spoil_padding()
         self.base = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
-        self.predictor = _predictor(self.engine, XGradConfig(rule=rule))
+        self.predictor = _predictor(self.engine, XGradConfig(steps=1.0, rule=rule))
         self.rule = rule
         self.seen: dict[str, Tensor] = {}
         self.before: dict[str, Tensor] = {}
@@ -380,10 +381,10 @@ def test_two_processes(found: tuple[dict[str, list[str]], str], check: str) -> N
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_refused_by_name(config: dict[str, Any], setting: str) -> None:
-    from hf_xgrad.deepspeed import check_config
+    from hf_xgrad.core.refusals import check_deepspeed
 
     with pytest.raises(ValueError, match=r"is refused: .*switch XGrad off") as caught:
-        check_config(config)
+        check_deepspeed(config)
     assert setting in str(caught.value)
 
 
@@ -407,9 +408,9 @@ def test_what_is_refused_by_name(config: dict[str, Any], setting: str) -> None:
     ],
 )
 def test_what_is_not_refused(config: dict[str, Any]) -> None:
-    from hf_xgrad.deepspeed import check_config
+    from hf_xgrad.core.refusals import check_deepspeed
 
-    check_config(config)
+    check_deepspeed(config)
 
 
 def named(name: str) -> type:
@@ -422,14 +423,13 @@ def named(name: str) -> type:
 @pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("name", ["adam.fused_adam.FusedAdam", "adam.cpu_adam.DeepSpeedCPUAdam"])
 def test_closed_form_of_deepspeeds_adam(name: str, corrected: bool) -> None:
-    import hf_xgrad.deepspeed  # noqa: F401, registers it
 
     form = closed_form_of(named(name))
     assert form is not None
     m, v, w = torch.tensor([0.3, -0.2, 0.0]), torch.tensor([0.04, 0.09, 0.0]), torch.zeros(3)
     group = {"betas": (0.9, 0.99), "eps": 1e-3, "lr": 0.1, "weight_decay": 0.5, "bias_correction": corrected}
     delta = form.direction([w], [{"exp_avg": m, "exp_avg_sq": v, "step": 3}], group)
-    assert isinstance(delta, Delta)
+    assert isinstance(delta, Direction)
     if corrected:
         m, v = m / (1 - 0.9**3), v / (1 - 0.99**3)
     torch.testing.assert_close(delta.moves(-0.1), [-0.1 * m / (v.sqrt() + 1e-3)])
@@ -440,7 +440,6 @@ def test_closed_form_of_deepspeeds_adam(name: str, corrected: bool) -> None:
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["lion.fused_lion.FusedLion", "lion.cpu_lion.DeepSpeedCPULion"])
 def test_closed_form_of_deepspeeds_lion(name: str) -> None:
-    import hf_xgrad.deepspeed  # noqa: F401, registers it
 
     form = closed_form_of(named(name))
     assert form is not None
@@ -450,7 +449,6 @@ def test_closed_form_of_deepspeeds_lion(name: str) -> None:
 
 @needs_deepspeed
 def test_fused_adam_counts_the_steps_of_one_weight_of_each_group() -> None:
-    import hf_xgrad.deepspeed  # noqa: F401, registers it
 
     form = closed_form_of(named("adam.fused_adam.FusedAdam"))
     assert form is not None

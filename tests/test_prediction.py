@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_xgrad import WeightPredictor, XGradConfig
-from hf_xgrad import prediction as prediction_module
+from hf_xgrad.core import weights as weights_module
 from hf_xgrad.optim import AdaM3
 from reference import predicted_weights
+from support.inside import chosen_steps, kept_weights, window
 from tiny_models import bert, gpt2
 
 Maker = Callable[[Any], torch.optim.Optimizer]
@@ -36,7 +37,7 @@ OPTIMIZERS: dict[str, Maker] = {
     "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.01, eps=1e-4),
     "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.01),
 }
-UNIVERSAL = ("sgd", "nesterov", "rmsprop", "adagrad")
+WITHOUT_FORM = ("sgd", "nesterov", "rmsprop", "adagrad")
 RULES = ("auto", "last_update")
 
 
@@ -50,7 +51,7 @@ class Loop:
         self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
         self.dtype = dtype
         self.optimizer = make(self.model.parameters())
-        self.predictor = WeightPredictor(self.optimizer, config or XGradConfig())
+        self.predictor = WeightPredictor(self.optimizer, config or XGradConfig(steps=1.0))
         self.data = torch.Generator().manual_seed(1)
         self.seen: list[list[Tensor]] = []
 
@@ -118,8 +119,8 @@ def test_forward_sees_the_weights_of_the_slow_twin(name: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", UNIVERSAL)
-def test_universal_rule_repeats_the_last_realised_update(name: str, rule: str) -> None:
+@pytest.mark.parametrize("name", WITHOUT_FORM)
+def test_last_update_rule_repeats_the_last_realised_update(name: str, rule: str) -> None:
     """w_hat = w_t + s (lr_t / lr_{t-1}) (w_t - w_{t-1}), measured from outside, under a changing learning rate."""
     loop = Loop(OPTIMIZERS[name], XGradConfig(steps=1.5, rule=rule), torch.float64)
     previous = current = loop.weights()
@@ -144,7 +145,7 @@ def test_learning_rates_of_zero_predict_nothing() -> None:
         assert same(loop.seen[-1], before) is not moves
 
 
-def test_groups_without_a_closed_form_take_the_universal_rule() -> None:
+def test_groups_without_a_closed_form_take_the_last_update_rule() -> None:
     """One optimizer may hold groups of both kinds."""
     first, second = nn.Parameter(torch.ones(2, dtype=torch.float64)), nn.Parameter(torch.ones(2, dtype=torch.float64))
     optimizer = torch.optim.SGD([{"params": [first], "momentum": 0.9}, {"params": [second]}], lr=0.1)
@@ -161,7 +162,7 @@ def test_learning_rates_may_be_tensors_changed_in_place() -> None:
     lr = torch.tensor(0.1, dtype=torch.float64)
     w = nn.Parameter(torch.ones(2, dtype=torch.float64))
     optimizer = torch.optim.SGD([w], lr=lr)
-    predictor = WeightPredictor(optimizer, XGradConfig())
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
     for value, expected in ((0.1, 1.0), (0.2, 0.9 - 0.2), (0.0, 0.7)):
         lr.fill_(value)
         with predictor.predicted():
@@ -182,7 +183,7 @@ def test_switched_off_it_neither_moves_nor_keeps_anything(config: XGradConfig) -
         plain.optimizer.zero_grad()
         assert same(loop.seen[-1], before)
     assert same(loop.weights(), plain.weights())
-    assert not loop.predictor._backups
+    assert not kept_weights(loop.predictor)
     assert not loop.optimizer._optimizer_step_pre_hooks
 
 
@@ -208,7 +209,7 @@ def test_gradient_is_that_at_the_predicted_weights() -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_window_sees_one_prediction(name: str, rule: str) -> None:
-    loop = Loop(OPTIMIZERS[name], XGradConfig(rule=rule)).run(4, micro_batches=3)
+    loop = Loop(OPTIMIZERS[name], XGradConfig(steps=1.0, rule=rule)).run(4, micro_batches=3)
     windows = [loop.seen[i : i + 3] for i in range(0, 12, 3)]
     for window in windows:
         assert same(window[0], window[1])
@@ -225,7 +226,7 @@ def test_accelerate_accumulation_keeps_one_prediction(name: str, rule: str) -> N
     model = nn.Linear(3, 1)
     inner = OPTIMIZERS[name](model.parameters())
     model, optimizer = accelerator.prepare(model, inner)
-    predictor = WeightPredictor(optimizer, XGradConfig(rule=rule))
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0, rule=rule))
     assert predictor.optimizer is inner
     seen = []
     for x in torch.randn(12, 2, 3, generator=torch.Generator().manual_seed(0)):
@@ -247,7 +248,7 @@ def test_accelerate_accumulation_keeps_one_prediction(name: str, rule: str) -> N
 def test_skipped_step_leaves_everything_as_it_was(name: str, rule: str) -> None:
     """A GradScaler that meets an inf does not step: no window ends, and the same weights are predicted again."""
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
-    loop = Loop(OPTIMIZERS[name], XGradConfig(rule=rule))
+    loop = Loop(OPTIMIZERS[name], XGradConfig(steps=1.0, rule=rule))
     for i in range(6):
         with loop.predictor.predicted():
             loop.seen.append(loop.weights())
@@ -293,12 +294,6 @@ def test_fused_optimizer_that_skips_inside_predicts_nothing_from_an_empty_state(
 # ---- steps="auto" ----
 
 
-def chosen_steps(predictor: WeightPredictor) -> list[float]:
-    """What the estimator (which has tests of its own) would have for the coming prediction."""
-    assert predictor._auto_steps is not None
-    return predictor._auto_steps.values()
-
-
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ["momentum", "adamw", "adam3", "sgd"])
 def test_auto_predicts_the_chosen_number_of_steps(name: str, rule: str) -> None:
@@ -315,7 +310,7 @@ def test_auto_predicts_the_chosen_number_of_steps(name: str, rule: str) -> None:
         steps = chosen_steps(loop.predictor)
         chosen.append(steps)
         of_param = [steps[0], *[steps[1]] * (len(current) - 1)]
-        if rule == "auto" and name not in UNIVERSAL:
+        if rule == "auto" and name not in WITHOUT_FORM:
             unit = predicted_weights(loop.optimizer, 1.0)
             expected = [w + s * (one - w) for w, one, s in zip(current, unit, of_param, strict=True)]
         else:
@@ -388,21 +383,21 @@ def test_frozen_parameters_are_never_touched() -> None:
     for p in model.bert.embeddings.parameters():
         p.requires_grad = False
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    predictor = WeightPredictor(optimizer, XGradConfig())
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
     ids = torch.arange(1, 9).reshape(2, 4)
     for _ in range(2):
         with predictor.predicted():
             model(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
         optimizer.step()
     frozen = set(model.bert.embeddings.parameters())
-    assert frozen.isdisjoint(predictor._backups)
+    assert frozen.isdisjoint(kept_weights(predictor))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert sum(b.numel() for b in predictor._backups.values()) <= trainable
+    assert sum(b.numel() for b in kept_weights(predictor).values()) <= trainable
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_weights_frozen_on_the_way_stand_still(rule: str) -> None:
-    loop = Loop(OPTIMIZERS["momentum"], XGradConfig(rule=rule)).run(3)
+    loop = Loop(OPTIMIZERS["momentum"], XGradConfig(steps=1.0, rule=rule)).run(3)
     first = next(loop.model.parameters())
     first.requires_grad = False
     value = first.detach().clone()
@@ -419,7 +414,7 @@ def test_weights_frozen_on_the_way_stand_still(rule: str) -> None:
 def test_weights_without_state_are_not_predicted() -> None:
     used, idle = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([used, idle])
-    predictor = WeightPredictor(optimizer, XGradConfig())
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
     used.grad = torch.ones(2)
     optimizer.step()
     before = idle.detach().clone()
@@ -429,19 +424,19 @@ def test_weights_without_state_are_not_predicted() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_backup_is_allocated_once_and_no_larger_than_the_weights(rule: str) -> None:
-    loop = Loop(OPTIMIZERS["adamw"], XGradConfig(rule=rule)).run(2)
-    storages = {id(p): b.data_ptr() for p, b in loop.predictor._backups.items()}
+def test_kept_weights_are_allocated_once_and_no_larger_than_the_weights(rule: str) -> None:
+    loop = Loop(OPTIMIZERS["adamw"], XGradConfig(steps=1.0, rule=rule)).run(2)
+    storages = {id(p): b.data_ptr() for p, b in kept_weights(loop.predictor).items()}
     loop.run(3, micro_batches=2)
-    assert {id(p): b.data_ptr() for p, b in loop.predictor._backups.items()} == storages
-    elements = sum(b.numel() for b in loop.predictor._backups.values())
+    assert {id(p): b.data_ptr() for p, b in kept_weights(loop.predictor).items()} == storages
+    elements = sum(b.numel() for b in kept_weights(loop.predictor).values())
     assert elements == sum(p.numel() for p in loop.model.parameters())
 
 
 def test_tied_weights_stay_tied() -> None:
     model = gpt2()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    predictor = WeightPredictor(optimizer, XGradConfig())
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
     ids = torch.arange(8).reshape(1, 8)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
@@ -488,7 +483,7 @@ def test_cost_in_kernels_does_not_grow_with_the_number_of_parameters(name: str) 
     def operations(n: int) -> int:
         params = [nn.Parameter(torch.ones(2)) for _ in range(n)]
         optimizer = OPTIMIZERS[name](params)
-        predictor = WeightPredictor(optimizer, XGradConfig())
+        predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
         for _ in range(3):
             for p in params:
                 p.grad = torch.ones(2)
@@ -508,11 +503,11 @@ def test_cost_in_kernels_does_not_grow_with_the_number_of_parameters(name: str) 
 def test_large_models_are_worked_on_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, cut = Loop(OPTIMIZERS["adamw"]), Loop(OPTIMIZERS["adamw"])
     whole.run(3)
-    monkeypatch.setattr(prediction_module, "_CHUNK_ELEMENTS", 10)
+    monkeypatch.setattr(weights_module, "CHUNK_ELEMENTS", 10)
     cut.run(3)
-    assert len(cut.predictor._window) == 0
+    assert len(window(cut.predictor)) == 0
     with cut.predictor.predicted():
-        assert len(cut.predictor._moved) == 4
+        assert len(window(cut.predictor)) == 4
     assert same(whole.seen[-1], cut.seen[-1])
     assert same(whole.weights(), cut.weights())
 
@@ -552,14 +547,14 @@ def test_restore_may_be_called_at_any_time() -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError])
 def test_whoever_catches_an_error_sees_the_true_weights(error: type[BaseException], rule: str) -> None:
-    loop = Loop(OPTIMIZERS["adamw"], XGradConfig(rule=rule)).run(2)
+    loop = Loop(OPTIMIZERS["adamw"], XGradConfig(steps=1.0, rule=rule)).run(2)
     before = loop.weights()
     with pytest.raises(error), loop.predictor.predicted():  # noqa: PT012
         assert not same(loop.weights(), before)
         raise error("injected")
     assert same(loop.weights(), before)
     # And the next attempt predicts what the failed one did.
-    twin = Loop(OPTIMIZERS["adamw"], XGradConfig(rule=rule)).run(3)
+    twin = Loop(OPTIMIZERS["adamw"], XGradConfig(steps=1.0, rule=rule)).run(3)
     loop.run(1)
     assert same(loop.seen[-1], twin.seen[-1])
     assert same(loop.weights(), twin.weights())
@@ -584,11 +579,11 @@ def test_interrupt_at_any_kernel_leaves_the_true_weights(
     rule: str, micro_batches_before: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Ctrl-C between any two copies of predict or restore, in a model of several chunks."""
-    monkeypatch.setattr(prediction_module, "_CHUNK_ELEMENTS", 20)
+    monkeypatch.setattr(weights_module, "CHUNK_ELEMENTS", 20)
     copy_ = torch._foreach_copy_
 
     def interrupted_at(count: int, *, done: bool) -> bool:
-        loop = Loop(OPTIMIZERS["momentum"], XGradConfig(rule=rule)).run(2)
+        loop = Loop(OPTIMIZERS["momentum"], XGradConfig(steps=1.0, rule=rule)).run(2)
         for _ in range(micro_batches_before):
             loop.micro_batch()
         before = loop.weights()
@@ -629,7 +624,7 @@ def test_interrupt_at_any_kernel_leaves_the_true_weights(
 def test_rule_that_raises_half_way_leaves_the_true_weights() -> None:
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([{"params": [first]}, {"params": [second]}], lr=0.1)
-    predictor = WeightPredictor(optimizer, XGradConfig())
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
     first.grad, second.grad = torch.ones(2), torch.ones(3)
     optimizer.step()
     before = [first.detach().clone(), second.detach().clone()]
@@ -689,13 +684,13 @@ def test_share_that_is_lost_in_bf16_is_counted() -> None:
     """Of four weights two are too large for a move of 2^-10 to show in bf16, and one is not to move at all."""
     w = nn.Parameter(torch.tensor([1.0, 1.0, 2.0**-8, 1.0], dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([w], lr=2.0**-10, momentum=0.9)
-    predictor = WeightPredictor(optimizer, XGradConfig())
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
     w.grad = torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=torch.bfloat16)
     optimizer.step()
     assert "67% of the predicted moves" in _warnings_of(predictor.predict)[0]
 
 
-def test_universal_rule_on_bf16_weights_warns_at_once() -> None:
+def test_last_update_rule_on_bf16_weights_warns_at_once() -> None:
     messages = _warnings_of(lambda: Loop(OPTIMIZERS["sgd"], dtype=torch.bfloat16))
     assert len(messages) == 1
     assert "mostly rounding" in messages[0]
@@ -728,24 +723,24 @@ class _LayerWise(torch.optim.SGD):
 def test_optimizers_that_cannot_be_right_are_refused(cls: type[torch.optim.SGD], reason: str) -> None:
     optimizer = cls([nn.Parameter(torch.ones(1))], lr=0.1)
     with pytest.raises(ValueError, match=f"{cls.__name__} .*{reason}.*xgrad=False"):
-        WeightPredictor(optimizer, XGradConfig())
+        WeightPredictor(optimizer, XGradConfig(steps=1.0))
     WeightPredictor(optimizer, XGradConfig(enabled=False))
     WeightPredictor(optimizer, XGradConfig(steps=0))
     prepared = Accelerator(cpu=True).prepare(optimizer)
     with pytest.raises(ValueError, match=reason):
-        WeightPredictor(prepared, XGradConfig())
+        WeightPredictor(prepared, XGradConfig(steps=1.0))
 
 
 def test_only_optimizers_are_taken() -> None:
     with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer, got Linear"):
-        WeightPredictor(nn.Linear(1, 1), XGradConfig())  # type: ignore[arg-type]
+        WeightPredictor(nn.Linear(1, 1), XGradConfig(steps=1.0))  # type: ignore[arg-type]
 
 
 def test_sharded_parameters_need_the_model() -> None:
     w = nn.Parameter(torch.ones(1))
     w._fsdp_flattened = True  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="prepared model"):
-        WeightPredictor(torch.optim.AdamW([w]), XGradConfig())
+        WeightPredictor(torch.optim.AdamW([w]), XGradConfig(steps=1.0))
 
 
 # ---- checkpoints ----
@@ -756,13 +751,13 @@ def test_sharded_parameters_need_the_model() -> None:
 @pytest.mark.parametrize("micro_batches", [0, 1])
 def test_resumed_is_the_uninterrupted_run(name: str, rule: str, micro_batches: int) -> None:
     """Between steps and in the middle of a window."""
-    one = Loop(OPTIMIZERS[name], XGradConfig(rule=rule)).run(3)
+    one = Loop(OPTIMIZERS[name], XGradConfig(steps=1.0, rule=rule)).run(3)
     for _ in range(micro_batches):
         one.micro_batch()
     one.optimizer.zero_grad()
     saved = copy.deepcopy((one.model.state_dict(), one.optimizer.state_dict(), one.predictor.state_dict()))
-    assert bool(saved[2]) is bool(one.predictor.remembers) is (rule == "last_update" or name in UNIVERSAL)
-    two = Loop(OPTIMIZERS[name], XGradConfig(rule=rule), seed=5)
+    assert bool(saved[2]) is bool(one.predictor.remembers) is (rule == "last_update" or name in WITHOUT_FORM)
+    two = Loop(OPTIMIZERS[name], XGradConfig(steps=1.0, rule=rule), seed=5)
     for part, state in zip((two.model, two.optimizer, two.predictor), saved, strict=True):
         part.load_state_dict(state)
     two.data.set_state(one.data.get_state())
@@ -824,14 +819,14 @@ def test_state_of_other_parameters_is_refused(change: Callable[[Any], Any], mess
 
 
 def test_state_of_weights_that_need_none_now_is_left_alone() -> None:
-    """Written under the universal rule, read where (some) groups have a closed form."""
+    """Written under the last-update rule, read where (some) groups have a closed form."""
     for settings in ({"momentum": 0.9}, {"momentum": 0.0}):
 
         def make(params: Any, settings: Any = settings) -> torch.optim.Optimizer:
             first, *rest = params
             return torch.optim.SGD([{"params": [first]}, {"params": rest, **settings}], lr=0.1, momentum=0.9)
 
-        written = Loop(make, XGradConfig(rule="last_update")).run(3)
+        written = Loop(make, XGradConfig(steps=1.0, rule="last_update")).run(3)
         state = copy.deepcopy([part.state_dict() for part in (written.model, written.optimizer, written.predictor)])
         for steps in (1.0, "auto"):
             read = Loop(make, XGradConfig(steps=steps))

@@ -28,8 +28,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.multiprocessing import ProcessExitedException
 
 from hf_xgrad import WeightPredictor, XGradConfig, register_rule
-from hf_xgrad.rules import adam_direction
-from hf_xgrad.sharding import copies, is_sharded, local_part
+from hf_xgrad.closed_forms.torch_optim import adam_direction
+from hf_xgrad.engines.sharded import copies, is_sharded, local_part
 
 PROCESSES = 2
 STEPS = 5
@@ -90,8 +90,8 @@ SHARDED: dict[str, Callable[[Net], nn.Module]] = {
     "tp": tensor_parallel,
 }
 CONFIGS = {
-    "auto": XGradConfig(),
-    "last_update": XGradConfig(rule="last_update"),
+    "auto": XGradConfig(steps=1.0),
+    "last_update": XGradConfig(steps=1.0, rule="last_update"),
     "steps": XGradConfig(steps="auto"),
 }
 OFF = XGradConfig(enabled=False)
@@ -233,7 +233,7 @@ def needs_the_model(way: str) -> None:
     model = SHARDED[way](net())
     assert all(map(is_sharded, model.parameters()))
     with pytest.raises(ValueError, match="prepared model"):
-        WeightPredictor(torch.optim.AdamW(model.parameters()), XGradConfig())
+        WeightPredictor(torch.optim.AdamW(model.parameters()), XGradConfig(steps=1.0))
 
 
 def follows_the_last_update_where_the_form_is_of_whole_weights(way: str) -> None:
@@ -242,11 +242,11 @@ def follows_the_last_update_where_the_form_is_of_whole_weights(way: str) -> None
 
     register_rule(Whole, elementwise=False)(adam_direction)
     model = SHARDED[way](net())
-    predictor = WeightPredictor(Whole(model.parameters()), XGradConfig(), model)
+    predictor = WeightPredictor(Whole(model.parameters()), XGradConfig(steps=1.0), model)
     assert predictor.remembers == {"weights"}
-    assert WeightPredictor(Whole(net().parameters()), XGradConfig()).remembers == set()
+    assert WeightPredictor(Whole(net().parameters()), XGradConfig(steps=1.0)).remembers == set()
     with pytest.raises(ValueError, match="needs whole weights, and these are sharded"):
-        WeightPredictor(Whole(model.parameters()), XGradConfig(rule="closed_form"), model)
+        WeightPredictor(Whole(model.parameters()), XGradConfig(steps=1.0, rule="closed_form"), model)
 
 
 def counts_the_processes_that_hold_a_part() -> None:
@@ -262,7 +262,7 @@ def saves_a_stateless_optimizer_without_a_step() -> None:
 
     model = fsdp2(net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    predictor = WeightPredictor(optimizer, XGradConfig(), model)
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0), model)
     for _ in range(2):
         model(torch.ones(2, 7)).square().mean().backward()
         optimizer.step()

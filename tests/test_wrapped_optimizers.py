@@ -93,7 +93,7 @@ class Failing(torch.optim.SGD):
 def test_a_step_that_raised_is_forgotten() -> None:
     params = weights()
     optimizer = Failing(params, lr=0.1)
-    predictor = WeightPredictor(optimizer, XGradConfig(rule="last_update"))
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0, rule="last_update"))
     trajectory, seen = [], []
     for t in range(4):
         with predictor.predicted():
@@ -115,7 +115,7 @@ def test_steps_after_one_that_raised_are_seen() -> None:
     """Without a prediction between them."""
     params = weights()
     optimizer = Failing(params, lr=0.1)
-    predictor = WeightPredictor(optimizer, XGradConfig(rule="last_update"))
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0, rule="last_update"))
     give_gradients(params, 0)
     with pytest.raises(FloatingPointError):
         optimizer.step()
@@ -194,7 +194,7 @@ REFUSED: dict[str, tuple[Callable[[list[nn.Parameter]], torch.optim.Optimizer], 
 def test_refused_with_the_reason_and_the_way_out(name: str) -> None:
     make, reason = REFUSED[name]
     with pytest.raises(ValueError, match=f"{reason}.*xgrad=False") as error:
-        WeightPredictor(make(weights()), XGradConfig())
+        WeightPredictor(make(weights()), XGradConfig(steps=1.0))
     assert "\n" not in str(error.value)
     WeightPredictor(make(weights()), XGradConfig(steps=0))
 
@@ -203,7 +203,7 @@ def test_refused_with_the_reason_and_the_way_out(name: str) -> None:
 def test_refused_of_pytorch_optimizer(name: str) -> None:
     """By its classes, so that a trainer refuses them before it makes one."""
     library = pytest.importorskip("pytorch_optimizer", reason="an optional library")
-    from hf_xgrad.prediction import refusal
+    from hf_xgrad.core.refusals import refusal
 
     found = getattr(library, name)
     assert refusal(found) is not None
@@ -214,7 +214,7 @@ def test_refused_of_pytorch_optimizer(name: str) -> None:
 def test_a_closure_is_refused_before_it_runs(how: str) -> None:
     params = weights()
     optimizer = torch.optim.SGD(params, lr=0.1)
-    predictor = WeightPredictor(optimizer, XGradConfig())
+    predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
 
     def closure() -> float:
         raise AssertionError("was called")
@@ -231,6 +231,6 @@ def test_a_closure_is_left_alone_where_nothing_is_predicted() -> None:
     optimizer = torch.optim.SGD(params, lr=0.1)
     predictor = WeightPredictor(optimizer, XGradConfig(steps=0))
     assert optimizer.step(lambda: 3.0) == 3.0
-    WeightPredictor(optimizer, XGradConfig())  # gone at once, and its hooks with it
+    WeightPredictor(optimizer, XGradConfig(steps=1.0))  # gone at once, and its hooks with it
     assert optimizer.step(lambda: 4.0) == 4.0
     assert not predictor.is_predicted

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import is_
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
-from hf_xgrad.rules import Group
-from hf_xgrad.sharding import local_part, sum_over_processes
+from hf_xgrad.core.config import XGradConfig
+from hf_xgrad.core.diagnostics import Observer
+from hf_xgrad.core.moves import Move
+from hf_xgrad.core.rules import Group
+from hf_xgrad.core.weights import Weights
 
 # How far the prediction aims: at the weights K steps ahead, K geometric with mean 1 / (1 - gamma), here two steps. One
 # step (gamma = 0) keeps s below 1 and leaves a gain lying; five (gamma = 0.8) make s = 3 of Adam's momentum, which is
@@ -23,10 +27,12 @@ _SMOOTHING = 0.98
 # alike, whatever their number of weights: s is that of the common tensor, not that of the largest.
 _TENSORS = 32
 _ELEMENTS = 512
-_FIRST_STEPS = 1.0  # s until two updates are known
+_SHAPE = attrgetter("shape")
+
+_Identity = tuple[tuple[int, ...], tuple[torch.Size, ...]]
 
 
-class AutoSteps:
+class AutoSteps(Observer):
     r"""Chooses `s`, the number of steps predicted ahead, for each parameter group.
 
         u_t = (w_{t+1} - w_t) / lr_t
@@ -45,61 +51,64 @@ class AutoSteps:
     optimizer and rule, costs next to nothing, and is the same on all processes that hold the same weights. A step
     that moves nothing, or to infinity or NaN, changes nothing. On an accelerator nothing waits for the device.
 
+    Until two updates are known, s is 1 for a group with a closed form, and 0 under the last-update rule, where nothing
+    is known of how an update repeats the one before.
+
     Where weights are sharded, each process samples the parts that it holds, and the products are summed over all
     processes (two numbers per group and step), so that all have the same `s`.
 
     Args:
-        groups: gives the groups of the optimizer whose steps are realised; groups may be added to it, and weights
+        weights: gives the groups of the optimizer whose steps are realised; groups may be added to it, and weights
             frozen, at any time.
-        sharded: whether other processes hold other parts of the weights. Every process then has to take every step.
+        config: tells for which groups `s` is to be chosen; may be set anew.
 
     Source: the trace is that of TD(lambda), Sutton, "Learning to predict by the methods of temporal differences",
     Machine Learning 3, 1988, which sums a discounted future backwards.
     """
 
-    def __init__(self, groups: Callable[[], Sequence[Group]], *, sharded: bool = False) -> None:
-        self._groups_now = groups
-        self._sharded = sharded
-        self._groups: list[_GroupEstimate] = []
+    def __init__(self, weights: Weights, config: XGradConfig) -> None:
+        self._weights = weights
+        self.config = config
+        self._estimates: dict[_Identity, _GroupEstimate] = {}  # by the parameters of the group
 
     @torch.no_grad()
-    def before_step(self) -> None:
-        """To be called right before the optimizer steps, on the true weights."""
-        self._follow_groups()
-        for estimate, group in zip(self._groups, self._groups_now(), strict=True):
+    def before_step(self, window: Sequence[Move] = ()) -> None:
+        for (_, group), estimate in zip(self._chosen(), self._follow_groups(), strict=True):
             estimate.before_step(group.get("lr"))
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """To be called right after the optimizer has stepped."""
-        updates = [estimate.update() for estimate in self._groups]
-        products = [estimate.products(update) for estimate, update in zip(self._groups, updates, strict=True)]
-        if self._sharded and products:
+    def after_step(self, window: Sequence[Move] = ()) -> None:
+        estimates = list(self._estimates.values())
+        updates = [estimate.update() for estimate in estimates]
+        products = [estimate.products(update) for estimate, update in zip(estimates, updates, strict=True)]
+        if self._weights.process is not None and products:
             on = products[0].device
-            products = list(sum_over_processes(torch.stack([p.to(on) for p in products])))
-        for estimate, update, sums in zip(self._groups, updates, products, strict=True):
+            products = list(self._weights.total(torch.stack([p.to(on) for p in products])))
+        for estimate, update, sums in zip(estimates, updates, products, strict=True):
             estimate.take(update, sums)
 
-    def steps(self, group_index: int) -> float | Tensor:
+    def steps(self, group: Group) -> float | Tensor:
         """`s` for the coming prediction of a group: a number on the CPU, else a tensor without dimensions."""
-        if group_index >= len(self._groups):
-            return _FIRST_STEPS
-        s = self._groups[group_index].steps()
+        first = 0.0 if self._weights.form(group) is None else 1.0
+        estimate = self._estimates.get(_identity(group["params"]))
+        if estimate is None:
+            return first
+        s = estimate.steps(first)
         return float(s) if s.device.type == "cpu" else s
 
     def values(self) -> list[float]:
-        """`s` of each group, for a log; waits for the device."""
-        return [float(self.steps(i)) for i in range(len(self._groups_now()))]
+        """`s` of each group whose `s` is chosen; waits for the device."""
+        return [float(self.steps(group)) for _, group in self._chosen()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs, on the CPU: `"<group>.trace"` and `"<group>.sums"`.
 
         Empty before the first step.
         """
-        if not self._groups:
+        if not self._estimates:
             return {}
         self._follow_groups()
-        return {name: tensor.cpu() for name, tensor in _named(self._groups)}
+        return {name: tensor.cpu() for name, tensor in self._named(self._estimates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Takes up what `state_dict` gave; an empty one starts anew.
@@ -108,8 +117,8 @@ class AutoSteps:
             ValueError: as `check_state_dict`; nothing is changed then.
         """
         self.check_state_dict(state)
-        self._groups = [_GroupEstimate(group["params"]) for group in self._groups_now()] if state else []
-        for name, tensor in _named(self._groups):
+        self._estimates = self._new_estimates() if state else {}
+        for name, tensor in self._named(self._estimates) if state else ():
             tensor.copy_(state[name])
 
     def check_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -120,11 +129,10 @@ class AutoSteps:
         """
         if not state:
             return
-        groups = [_GroupEstimate(group["params"]) for group in self._groups_now()]
-        needed = dict(_named(groups))
+        needed = dict(self._named(self._new_estimates()))
         unknown = sorted(set(state) - set(needed))
         if unknown:
-            raise ValueError(f"AutoSteps: the state has {unknown[:3]}, the optimizer only {len(groups)} groups")
+            raise ValueError(f"AutoSteps: the state has {unknown[:3]}, which no group that chooses its s needs")
         for name, tensor in needed.items():
             if name not in state:
                 raise ValueError(f"AutoSteps: the state lacks {name}")
@@ -138,30 +146,81 @@ class AutoSteps:
             if not torch.isfinite(state[name]).all():
                 raise ValueError(f"AutoSteps: {name} holds NaN or infinity")
 
-    def _follow_groups(self) -> None:
-        """Sees to one estimate for each group as it is now; one whose parameters are others starts anew."""
-        groups = self._groups_now()
-        known = self._groups
-        self._groups = [
-            known[i] if i < len(known) and known[i].is_of(group["params"]) else _GroupEstimate(group["params"])
-            for i, group in enumerate(groups)
-        ]
+    def _chosen(self) -> list[tuple[int, Group]]:
+        """The groups that choose their `s`, with their places in the optimizer."""
+        places = enumerate(self._weights.groups())
+        return [(g, group) for g, group in places if self.config.steps_under(self._weights.form(group)) is None]
+
+    def _new_estimates(self) -> dict[_Identity, _GroupEstimate]:
+        return {
+            _identity(group["params"]): _GroupEstimate(self._weights, group["params"]) for _, group in self._chosen()
+        }
+
+    def _follow_groups(self) -> list[_GroupEstimate]:
+        """Keeps one estimate per group, wherever the group stands now; one with other parameters starts afresh."""
+        known, self._estimates = self._estimates, {}
+        for _, group in self._chosen():
+            identity = _identity(group["params"])
+            self._estimates[identity] = known.get(identity) or _GroupEstimate(self._weights, group["params"])
+        return [self._estimates[_identity(group["params"])] for _, group in self._chosen()]
+
+    def _named(self, estimates: Mapping[_Identity, _GroupEstimate]) -> Iterator[tuple[str, Tensor]]:
+        for g, group in self._chosen():
+            estimate = estimates[_identity(group["params"])]
+            yield f"{g}.trace", estimate.trace
+            yield f"{g}.sums", estimate.sums
+
+
+class StepsAhead:
+    """`s` of each group: fixed, or chosen in training; the same for all micro-batches of a window.
+
+    Args:
+        weights: gives the groups.
+        config: tells which is which; may be set anew, for the next window.
+    """
+
+    def __init__(self, weights: Weights, config: XGradConfig) -> None:
+        self._weights = weights
+        self.auto = AutoSteps(weights, config)
+        self._in_window: dict[int, float | Tensor] = {}  # by the id of the group
+
+    @property
+    def config(self) -> XGradConfig:
+        return self.auto.config
+
+    @config.setter
+    def config(self, config: XGradConfig) -> None:
+        self.auto.config = config
+
+    def of(self, group: Group) -> float | Tensor:
+        """`s` of the window."""
+        if id(group) not in self._in_window:
+            for other in self._weights.groups():
+                fixed = self.config.steps_under(self._weights.form(other))
+                self._in_window.setdefault(id(other), self.auto.steps(other) if fixed is None else fixed)
+        return self._in_window[id(group)]
+
+    def of_groups(self) -> list[tuple[float | Tensor, bool]]:
+        """`s` of each group, and whether it was chosen in training."""
+        chosen = [self.config.steps_under(self._weights.form(group)) is None for group in self._weights.groups()]
+        return [(self.of(group), auto) for group, auto in zip(self._weights.groups(), chosen, strict=True)]
+
+    def end_window(self) -> None:
+        """To be called after each realised step."""
+        self._in_window.clear()
 
 
 class _GroupEstimate:
     """`s` of one group."""
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = list(params)
-        self._sample = _Sample(params)
+    def __init__(self, weights: Weights, params: Sequence[Tensor]) -> None:
+        self._params = list(params)  # keeps them alive, so that their ids stay theirs
+        self._sample = _Sample(weights, params)
         self._before: Tensor | None = None
         self._lr: Any = None
         zeros = torch.zeros_like(self._sample.read(), dtype=torch.float32)
         self.trace = zeros  # e_t
         self.sums = zeros.new_zeros(3)  # E[<u_t, e_t>], E[|u_{t-1}|^2], |u_{t-1}|^2
-
-    def is_of(self, params: Sequence[Tensor]) -> bool:
-        return len(params) == len(self._params) and all(map(is_, params, self._params))
 
     def before_step(self, lr: Any) -> None:
         self._before = self._sample.read()
@@ -195,54 +254,65 @@ class _GroupEstimate:
         self.trace = torch.where(counts, update + _DISCOUNT * trace, trace)
         self.sums = torch.where(counts, new_sums, sums)
 
-    def steps(self) -> Tensor:
+    def steps(self, first: float) -> Tensor:
         product, square = self.sums[:2].unbind()
-        return torch.where(square > 0, (product / square).clamp(0.0, 1.0 / (1.0 - _DISCOUNT)), _FIRST_STEPS)
+        return torch.where(square > 0, (product / square).clamp(0.0, 1.0 / (1.0 - _DISCOUNT)), first)
 
 
 class _Sample:
     """Some weights of a list of parameters, the same ones whenever and wherever it is made."""
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        usable = [p for p in params if _is_usable(local_part(p))]
+    def __init__(self, weights: Weights, params: Sequence[Tensor]) -> None:
+        ready = _ready(params)
+        usable = [p for p in ready if _is_usable(weights.part(p))]
+        self._weights = weights
         self._params = [usable[i] for i in _spread(len(usable), _TENSORS)]
-        self._device = local_part(params[0]).device if params else None
-        self._views: list[Tensor] = []
+        self._device = weights.part(ready[0]).device if ready else None
+        self._memory: list[Any] = []
+        self._views: list[Tensor | None] = []  # None where the memory is in no order that a view could follow
 
     def read(self) -> Tensor:
         """A copy of them, in no less than single precision."""
         if not self._params:
             return torch.zeros(0, device=self._device)
+        parts = [self._weights.part(p).detach() for p in self._params]
         # Weights that were given other memory (moved to a device, or converted) need other views.
-        params = [local_part(p) for p in self._params]
-        if not self._views or any(p.data_ptr() != v.data_ptr() for p, v in zip(params, self._views, strict=True)):
-            self._views = [_strided(p.detach()) for p in params]
-        device = self._views[0].device
-        copy = torch.cat([v if v.device == device else v.to(device) for v in self._views])
+        memory = [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in parts]
+        if memory != self._memory:
+            self._memory, self._views = memory, [_spread_out(p) if p.is_contiguous() else None for p in parts]
+        some = [_spread_out(p) if view is None else view for p, view in zip(parts, self._views, strict=True)]
+        device = some[0].device
+        copy = torch.cat([v if v.device == device else v.to(device) for v in some])
         return copy.to(torch.promote_types(copy.dtype, torch.float32))
 
 
-def _named(groups: Sequence[_GroupEstimate]) -> Iterator[tuple[str, Tensor]]:
-    for i, group in enumerate(groups):
-        yield f"{i}.trace", group.trace
-        yield f"{i}.sums", group.sums
+def _identity(params: Sequence[Tensor]) -> _Identity:
+    """Tells parameters, and the numbers that are in them, from others."""
+    ready = _ready(params)
+    return tuple(map(id, ready)), tuple(map(_SHAPE, ready))
+
+
+def _ready(params: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Without those of lazy modules that have no shape yet."""
+    if UninitializedParameter not in map(type, params):
+        return params
+    return [p for p in params if not isinstance(p, UninitializedParameter)]
 
 
 def _is_usable(p: Tensor) -> bool:
-    """Whether there are numbers in it, which fill one stretch of memory, in whatever order."""
-    if p.numel() == 0 or not (p.is_floating_point() or p.is_complex()):
-        return False
-    return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True)) == p.numel()
+    return p.numel() > 0 and (p.is_floating_point() or p.is_complex())
 
 
-def _strided(p: Tensor) -> Tensor:
-    """A view of at most `_ELEMENTS` elements, spread evenly over all rows and columns."""
+def _spread_out(p: Tensor) -> Tensor:
+    """At most `_ELEMENTS` elements, spread evenly over all rows and columns; a view where `p` is contiguous."""
     if p.is_complex():
         p = torch.view_as_real(p)
     stride = math.ceil(p.numel() / _ELEMENTS)
     while p.dim() > 1 and math.gcd(stride, p.shape[-1]) > 1:  # else it would meet the same few columns in each row
         stride += 1
-    return p.as_strided((math.ceil(p.numel() / stride),), (stride,))
+    if p.is_contiguous():
+        return p.view(-1)[::stride]
+    return p[torch.unravel_index(torch.arange(0, p.numel(), stride, device=p.device), p.shape)]
 
 
 def _spread(count: int, limit: int) -> list[int]:

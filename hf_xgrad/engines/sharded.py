@@ -1,4 +1,4 @@
-"""Weights that several processes share out among them: the part that is here, and what FSDP has gathered of the rest.
+"""Weights that several processes share out among them (FSDP, tensor parallelism).
 
 With FSDP2 and tensor parallelism parameters are DTensors, with FSDP1 slices of flat parameters. A prediction is
 elementwise, so that each process works on its own part, without communication: the next gathering of the weights
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.optim import Optimizer
+
+from hf_xgrad.core.rules import State
+from hf_xgrad.core.weights import Weights
 
 
 def _loaded(module: str, *names: str) -> tuple[type, ...]:
@@ -53,13 +57,6 @@ def copies(p: Tensor) -> int:
     return 1 if is_sharded(p) else processes
 
 
-def local_state(state: Mapping[str, Any], p: Tensor) -> Mapping[str, Any]:
-    """The optimizer's state of `p`, with those parts of its tensors that belong to the local part of `p`."""
-    if not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values()):
-        return state
-    return {name: _part_beside(value, p) if isinstance(value, Tensor) else value for name, value in state.items()}
-
-
 def _part_beside(value: Any, p: Any) -> Tensor:
     if _is_dtensor(value) and value.shape == p.shape and value.placements != p.placements:
         # Under tensor parallelism a gradient, and the momentum that begins as one, may be whole where p is not.
@@ -70,35 +67,74 @@ def _part_beside(value: Any, p: Any) -> Tensor:
 _FSDP = "torch.distributed.fsdp"
 
 
-class GatheredWeights:
-    """Copies of whole weights that FSDP has gathered, and would use again instead of gathering anew.
+class ShardedWeights(Weights):
+    """The parts of the weights that this process holds, and no more of what FSDP has gathered of the rest.
 
-    It keeps them beyond an evaluation (of its root unit) and, where it is told not to reshard, beyond a forward. A
-    forward that uses such a copy would not see weights that have been written to the shards since.
+    FSDP keeps gathered weights beyond an evaluation (those of its root unit) and, where it is told not to reshard,
+    beyond a forward. A forward that uses them again would not see what has been written to the shards since.
 
     Args:
-        model: the model as prepared; nothing is done where it is not under FSDP.
+        optimizer: the optimizer.
+        rule: of `XGradConfig`.
+        model: the model as prepared.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
-        self._model = model
-        modules: list[Any] = list(model.modules()) if model is not None else []
+    in_parts = "these are sharded"
+
+    def __init__(self, optimizer: Optimizer, rule: str, model: nn.Module) -> None:
+        super().__init__(optimizer, rule, model)
+        self.process = list(process_of_group())
+        modules: list[Any] = list(model.modules())
         self._flat: list[Any] = [m for m in modules if isinstance(m, _loaded(_FSDP, "FullyShardedDataParallel"))]
         self._units: list[Any] = [m for m in modules if isinstance(m, _loaded(_FSDP, "FSDPModule"))]
 
-    def drop(self, *, failed: bool = False) -> None:
-        """Has the next forward gather the weights anew; without communication.
+    def addresses(self, params: list[Tensor]) -> list[int]:
+        return [getattr(p, "_local_tensor", p).data_ptr() for p in params]
 
-        Args:
-            failed: whether forward or backward ended in an error, in which state FSDP2's `reshard` does nothing.
-        """
+    def part(self, p: Tensor) -> Tensor:
+        return local_part(p)
+
+    def state(self, p: Tensor) -> State:
+        state = self.optimizer.state[p]
+        is_whole = not any(isinstance(value, Tensor) and is_sharded(value) for value in state.values())
+        return state if is_whole else _LocalState(state, p)
+
+    def copies(self, p: Tensor) -> int:
+        return copies(p)
+
+    def total(self, values: Tensor) -> Tensor:
+        return sum_over_processes(values)
+
+    def forget_copies(self, *, failed: bool = False) -> None:
+        """Has the next forward gather the weights anew; without communication."""
+        super().forget_copies(failed=failed)
         for unit in self._flat:
             _reshard_flat(unit._handle)
-        if failed and self._units and self._model is not None:
-            self._model.state_dict()  # its hooks reshard in every state, and nothing else that is public does
+        if failed and self._units and self.model is not None:
+            # After an error FSDP2's reshard() does nothing. The hooks of state_dict() reshard in every state, and
+            # nothing else that is public does.
+            self.model.state_dict()
         else:
             for unit in self._units:
                 unit.reshard()
+
+
+class _LocalState(Mapping[str, Any]):
+    """The optimizer's state of a parameter, as it is now; of its tensors the parts beside the local part."""
+
+    def __init__(self, state: Mapping[str, Any], p: Tensor) -> None:
+        self._state = state
+        self._p = p
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._state[name]
+        return _part_beside(value, self._p) if isinstance(value, Tensor) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def _reshard_flat(handle: Any) -> None:
