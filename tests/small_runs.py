@@ -104,11 +104,6 @@ def training_logs(trainer: Any) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def at(event: str, do: Any) -> tiny.EveryEvent:
-    """A callback that calls `do(step)` at an event; `step` is the number of steps that have been realised."""
-    return tiny.EveryEvent(lambda now, state, **_: do(state.global_step) if now == event else None)
-
-
 @contextmanager
 def listening(level: int = logging.WARNING) -> Iterator[list[str]]:
     """`with` this: a list that gets what hf_xgrad logs, and the Python warnings that name XGrad, as they come."""

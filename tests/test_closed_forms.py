@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import reference
-from hf_xgrad import WeightPredictor, XGradConfig, closed_forms
+from hf_xgrad import WeightPredictor, XGradConfig
 from hf_xgrad.core.rules import closed_form_of
 from test_rules import SHAPES, predict, take_steps
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import hf_xgrad.prediction
 import numpy as np
 import optuna
 import pytest
@@ -19,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Trainer, TrainingArguments, default_data_collator
 
-import hf_xgrad.prediction
 import tiny_models as tiny
 from hf_xgrad import (
     XGradConfig,

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import hf_xgrad.prediction
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-import hf_xgrad.prediction
 import tiny_models as tiny
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
 

@@ -14,30 +14,25 @@ from hf_xgrad.core.rules import Direction, Group, State, scalars
 RECTIFIED_FROM = 5
 
 
-def state_steps(states: Sequence[State]) -> list[float] | Tensor:
-    """Realised steps `k` of each parameter: numbers where the host knows them, else one 1-d tensor on the device."""
+def state_steps(states: Sequence[State]) -> float | list[float] | Tensor:
+    """Realised steps `k`: one number where all have the same, else a list; a 1-d tensor where they are on a device."""
     steps = [state["step"] for state in states]
-    if not isinstance(steps[0], Tensor):
-        return [float(step) for step in steps]
-    stacked = torch.stack(steps).flatten()
-    return stacked.tolist() if stacked.device.type == "cpu" else stacked
+    if isinstance(steps[0], Tensor):
+        if steps[0].device.type != "cpu":
+            return torch.stack(steps).flatten()
+        steps = list(map(Tensor.item, steps))
+    return float(steps[0]) if steps.count(steps[0]) == len(steps) else list(map(float, steps))
 
 
-def bias_corrections(beta: float | Tensor, steps: list[float] | Tensor) -> list[float] | Tensor:
-    """`1 - beta^k` for each `k` of `steps`; 1-d where `beta` or `steps` is a tensor."""
-    if isinstance(steps, list) and not isinstance(beta, Tensor):
-        powers = {k: beta**k for k in set(steps)}  # mostly one, however many parameters there are
-        return [1 - powers[k] for k in steps]
-    device = steps.device if isinstance(steps, Tensor) else beta.device if isinstance(beta, Tensor) else None
-    # In double precision, as the fused kernels have it: 1 - 0.999^k loses four digits in single.
-    k = as_vector(steps, device)
-    return 1 - (beta.to(device, k.dtype).reshape(()) if isinstance(beta, Tensor) else beta) ** k
+def bias_corrections(beta: float | Tensor, steps: Tensor) -> Tensor:
+    """`1 - beta^k` for each `k` of `steps`, in their precision: in single, 1 - 0.999^k loses four digits."""
+    return 1 - (beta.to(steps.device, steps.dtype).reshape(()) if isinstance(beta, Tensor) else beta) ** steps
 
 
 def adaptive_direction(
     exp_avgs: Sequence[Tensor],
     second_moments: Sequence[Tensor],
-    steps: list[float] | Tensor,
+    steps: float | list[float] | Tensor,
     betas: tuple[float | Tensor, float | Tensor],
     eps: float,
     *,
@@ -63,20 +58,20 @@ def adaptive_direction(
         eps_in_root: whether eps stands under the square root.
     """
     beta1, beta2 = betas
-    correction1, correction2 = bias_corrections(beta1, steps), bias_corrections(beta2, steps)
     floor = negligible(exp_avgs[0].dtype)
-    factors: list[float] | Tensor
-    offsets: list[float] | Tensor
-    if isinstance(correction1, Tensor) or isinstance(correction2, Tensor):
-        device = next(c.device for c in (correction1, correction2) if isinstance(c, Tensor))
-        c1, c2 = as_vector(correction1, device), as_vector(correction2, device)
-        root = c2.sqrt()
+    factors: float | list[float] | Tensor
+    offsets: float | list[float] | Tensor
+    if isinstance(steps, Tensor) or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
+        device = next(value.device for value in (steps, beta1, beta2) if isinstance(value, Tensor))
+        k = as_vector(steps, device).expand(len(exp_avgs))
+        c1, root = bias_corrections(beta1, k), bias_corrections(beta2, k).sqrt()
         factors = torch.where(c1 > 0, root / torch.where(c1 > 0, c1, 1.0), 0.0)
         offsets = (root * eps).clamp_min(floor)
+    elif isinstance(steps, list):
+        each = [_factor_and_offset(k, beta1, beta2, eps, floor) for k in steps]
+        factors, offsets = [factor for factor, _ in each], [offset for _, offset in each]
     else:
-        roots = [c**0.5 for c in correction2]
-        factors = [r / c if c > 0 else 0.0 for r, c in zip(roots, correction1, strict=True)]
-        offsets = [max(r * eps, floor) for r in roots]
+        factors, offsets = _factor_and_offset(steps, beta1, beta2, eps, floor)
     if eps_in_root:
         denominators = torch._foreach_add(list(second_moments), max(eps, floor))
         torch._foreach_sqrt_(denominators)
@@ -86,7 +81,13 @@ def adaptive_direction(
     return Direction(exp_avgs, list(denominators), factors)
 
 
-def as_vector(values: list[float] | Tensor, device: torch.device | None) -> Tensor:
+def _factor_and_offset(k: float, beta1: float, beta2: float, eps: float, floor: float) -> tuple[float, float]:
+    """`r / (1 - b1^k)` and `r * eps`, of numbers that the host knows."""
+    root, correction1 = (1 - beta2**k) ** 0.5, 1 - beta1**k
+    return root / correction1 if correction1 > 0 else 0.0, max(root * eps, floor)
+
+
+def as_vector(values: float | list[float] | Tensor, device: torch.device | None) -> Tensor:
     """Numbers in the best precision that the device has; MPS has no doubles."""
     single = device is not None and device.type == "mps"
     return torch.as_tensor(values, dtype=torch.float32 if single else torch.float64, device=device)
@@ -174,8 +175,7 @@ def infinity_direction(states: Sequence[State], k: Tensor, beta1: float) -> Dire
 def slow_shares(steps: list[float], beta1: float, alpha: float, warmup: float | None) -> list[float]:
     """What `m` is to be mixed with for AdEMAMix: `(1 - b1^k) alpha_k`, alpha growing over `warmup` steps."""
     alphas = [min(k * alpha / warmup, alpha) if warmup else alpha for k in steps]
-    corrections = bias_corrections(beta1, steps)
-    return [float(c) * a for c, a in zip(corrections, alphas, strict=True)]
+    return [(1 - beta1**k) * a for k, a in zip(steps, alphas, strict=True)]
 
 
 def stable_adamw_direction(params: Sequence[Tensor], states: Sequence[State], group: Group) -> Direction:

@@ -29,7 +29,7 @@ _TENSORS = 32
 _ELEMENTS = 512
 _SHAPE = attrgetter("shape")
 
-_Identity = tuple[tuple[int, ...], tuple[torch.Size, ...]]
+_Identity = tuple[int, ...]
 
 
 class AutoSteps(Observer):
@@ -73,15 +73,17 @@ class AutoSteps(Observer):
 
     @torch.no_grad()
     def before_step(self, window: Sequence[Move] = ()) -> None:
-        for (_, group), estimate in zip(self._chosen(), self._follow_groups(), strict=True):
+        for group, estimate in self._follow_groups():
             estimate.before_step(group.get("lr"))
 
     @torch.no_grad()
     def after_step(self, window: Sequence[Move] = ()) -> None:
+        if not self._estimates:
+            return
         estimates = list(self._estimates.values())
         updates = [estimate.update() for estimate in estimates]
         products = [estimate.products(update) for estimate, update in zip(estimates, updates, strict=True)]
-        if self._weights.process is not None and products:
+        if self._weights.process is not None:
             on = products[0].device
             products = list(self._weights.total(torch.stack([p.to(on) for p in products])))
         for estimate, update, sums in zip(estimates, updates, products, strict=True):
@@ -152,17 +154,21 @@ class AutoSteps(Observer):
         return [(g, group) for g, group in places if self.config.steps_under(self._weights.form(group)) is None]
 
     def _new_estimates(self) -> dict[_Identity, _GroupEstimate]:
-        return {
-            _identity(group["params"]): _GroupEstimate(self._weights, group["params"]) for _, group in self._chosen()
-        }
+        groups = (group for _, group in self._chosen())
+        return {_identity(group["params"]): _GroupEstimate(self._weights, group["params"]) for group in groups}
 
-    def _follow_groups(self) -> list[_GroupEstimate]:
+    def _follow_groups(self) -> list[tuple[Group, _GroupEstimate]]:
         """Keeps one estimate per group, wherever the group stands now; one with other parameters starts afresh."""
         known, self._estimates = self._estimates, {}
+        result = []
         for _, group in self._chosen():
             identity = _identity(group["params"])
-            self._estimates[identity] = known.get(identity) or _GroupEstimate(self._weights, group["params"])
-        return [self._estimates[_identity(group["params"])] for _, group in self._chosen()]
+            estimate = known.get(identity)
+            if estimate is None or not estimate.fits():
+                estimate = _GroupEstimate(self._weights, group["params"])
+            self._estimates[identity] = estimate
+            result.append((group, estimate))
+        return result
 
     def _named(self, estimates: Mapping[_Identity, _GroupEstimate]) -> Iterator[tuple[str, Tensor]]:
         for g, group in self._chosen():
@@ -193,17 +199,29 @@ class StepsAhead:
         self.auto.config = config
 
     def of(self, group: Group) -> float | Tensor:
-        """`s` of the window."""
+        """`s` of the window, which begins with the first question."""
         if id(group) not in self._in_window:
             for other in self._weights.groups():
-                fixed = self.config.steps_under(self._weights.form(other))
-                self._in_window.setdefault(id(other), self.auto.steps(other) if fixed is None else fixed)
+                self._in_window.setdefault(id(other), self._now(other))
         return self._in_window[id(group)]
 
-    def of_groups(self) -> list[tuple[float | Tensor, bool]]:
-        """`s` of each group, and whether it was chosen in training."""
-        chosen = [self.config.steps_under(self._weights.form(group)) is None for group in self._weights.groups()]
-        return [(self.of(group), auto) for group, auto in zip(self._weights.groups(), chosen, strict=True)]
+    def _now(self, group: Group) -> float | Tensor:
+        fixed = self.config.steps_under(self._weights.form(group))
+        return self.auto.steps(group) if fixed is None else fixed
+
+    def of_groups(self) -> dict[int, tuple[float | Tensor, bool]]:
+        """`s` of each group that has weights, by its place in the optimizer, and whether it was chosen in training.
+
+        That of the window, or of the next one where none has begun.
+        """
+        return {
+            g: (
+                self._in_window.get(id(group), self._now(group)),
+                self.config.steps_under(self._weights.form(group)) is None,
+            )
+            for g, group in enumerate(self._weights.groups())
+            if group["params"]
+        }
 
     def end_window(self) -> None:
         """To be called after each realised step."""
@@ -221,6 +239,10 @@ class _GroupEstimate:
         zeros = torch.zeros_like(self._sample.read(), dtype=torch.float32)
         self.trace = zeros  # e_t
         self.sums = zeros.new_zeros(3)  # E[<u_t, e_t>], E[|u_{t-1}|^2], |u_{t-1}|^2
+
+    def fits(self) -> bool:
+        """Whether the parameters are still those that were looked at, and of the same shapes."""
+        return self._sample.fits()
 
     def before_step(self, lr: Any) -> None:
         self._before = self._sample.read()
@@ -249,10 +271,14 @@ class _GroupEstimate:
         product, square = products.to(update.device).unbind()
         averages = torch.lerp(torch.stack([product, sums[2]]), sums[:2], _SMOOTHING)
         new_sums = torch.cat([averages, square.reshape(1)])
-        # Decided on the device, as a Python `if` would wait for it. A learning rate of 0 gives 0 / 0.
+        # A learning rate of 0 gives 0 / 0.
         counts = (square > 0) & torch.isfinite(new_sums).all()
-        self.trace = torch.where(counts, update + _DISCOUNT * trace, trace)
-        self.sums = torch.where(counts, new_sums, sums)
+        if counts.device.type != "cpu":
+            # Decided on the device, as a Python `if` would wait for it.
+            self.trace = torch.where(counts, update + _DISCOUNT * trace, trace)
+            self.sums = torch.where(counts, new_sums, sums)
+        elif counts:
+            self.trace, self.sums = update + _DISCOUNT * trace, new_sums
 
     def steps(self, first: float) -> Tensor:
         product, square = self.sums[:2].unbind()
@@ -263,13 +289,19 @@ class _Sample:
     """Some weights of a list of parameters, the same ones whenever and wherever it is made."""
 
     def __init__(self, weights: Weights, params: Sequence[Tensor]) -> None:
-        ready = _ready(params)
+        ready = [p for p in params if not isinstance(p, UninitializedParameter)]
         usable = [p for p in ready if _is_usable(weights.part(p))]
         self._weights = weights
         self._params = [usable[i] for i in _spread(len(usable), _TENSORS)]
+        self._shapes = list(map(_SHAPE, self._params))
+        self._awaits_more = len(ready) < len(params)  # of lazy modules
         self._device = weights.part(ready[0]).device if ready else None
         self._memory: list[Any] = []
         self._views: list[Tensor | None] = []  # None where the memory is in no order that a view could follow
+
+    def fits(self) -> bool:
+        """Whether it would be made alike now."""
+        return not self._awaits_more and self._shapes == list(map(_SHAPE, self._params))
 
     def read(self) -> Tensor:
         """A copy of them, in no less than single precision."""
@@ -287,16 +319,7 @@ class _Sample:
 
 
 def _identity(params: Sequence[Tensor]) -> _Identity:
-    """Tells parameters, and the numbers that are in them, from others."""
-    ready = _ready(params)
-    return tuple(map(id, ready)), tuple(map(_SHAPE, ready))
-
-
-def _ready(params: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Without those of lazy modules that have no shape yet."""
-    if UninitializedParameter not in map(type, params):
-        return params
-    return [p for p in params if not isinstance(p, UninitializedParameter)]
+    return tuple(map(id, params))
 
 
 def _is_usable(p: Tensor) -> bool:

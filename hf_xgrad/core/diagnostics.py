@@ -46,14 +46,14 @@ class StepComparison(Observer):
 
     Args:
         weights: whose groups these are.
-        steps: gives `s` of the window: of each group, and whether it was chosen in training.
+        steps: gives `s` of the window: of each group by its place, and whether it was chosen in training.
     """
 
-    def __init__(self, weights: Weights, steps: Callable[[], list[tuple[float | Tensor, bool]]]) -> None:
+    def __init__(self, weights: Weights, steps: Callable[[], dict[int, tuple[float | Tensor, bool]]]) -> None:
         self._weights = weights
         self._steps = steps
         self._wanted = False
-        self._steps_used: list[tuple[float | Tensor, bool]] = []
+        self._steps_used: dict[int, tuple[float | Tensor, bool]] = {}
         self._sizes: list[Tensor] = []
         self._samples: list[_Sample] = []
         self._sums: Tensor | None = None
@@ -100,17 +100,17 @@ class StepComparison(Observer):
         if sampled_move > 0 and update > 0:
             result["cosine"] = dot / (sampled_move * update) ** 0.5
             self._warn_if_harmful(result["cosine"])
-        steps = [float(s) for s, _ in self._steps_used]
-        result["steps"] = sum(steps) / len(steps)
-        if len(steps) > 1 and any(chosen for _, chosen in self._steps_used):
-            result |= {f"steps_{g}": s for g, s in enumerate(steps)}
+        steps = {g: float(s) for g, (s, _) in self._steps_used.items()}
+        result["steps"] = sum(steps.values()) / len(steps)
+        if len(steps) > 1 and any(chosen for _, chosen in self._steps_used.values()):
+            result |= {f"steps_{g}": s for g, s in steps.items()}
         return result
 
     def _warn_if_harmful(self, cosine: float) -> None:
         """One warning where a fixed number of steps is predicted against the direction that the optimizer takes."""
         self._smoothed = cosine if self._smoothed is None else 0.8 * self._smoothed + 0.2 * cosine
         self._negative = self._negative + 1 if self._smoothed < 0 else 0
-        fixed = [float(s) for s, chosen in self._steps_used if not chosen and float(s) > 0]
+        fixed = [float(s) for s, chosen in self._steps_used.values() if not chosen and float(s) > 0]
         if self._negative >= _PATIENCE and fixed and not self._warned:
             self._warned = True
             warnings.warn(
@@ -171,7 +171,8 @@ def _lost(move: ClosedFormMove) -> list[Tensor]:
     """
     chunk, counts = move.chunk, []
     direction = move.direction(chunk.true)
-    factors = repeat(1.0) if direction.factors is None else direction.factors
+    factor = 1.0 if direction.factors is None else direction.factors
+    factors = repeat(factor) if isinstance(factor, float) else factor
     for param, true, numerator, factor in zip(chunk.params, chunk.true, direction.numerators, factors, strict=False):
         intended = (numerator != 0) & torch.as_tensor(move.scale * factor != 0, device=numerator.device)
         counts.append(torch.stack([(intended & (param == true)).sum(), intended.sum()]))

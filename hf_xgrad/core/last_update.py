@@ -99,9 +99,10 @@ class LastUpdate:
 
     # ---- realised steps ----
 
-    def before_step(self, chunks: list[Chunk]) -> None:
+    def before_step(self) -> None:
         """To be called right before the optimizer steps the true weights."""
-        self._follow(chunks)
+        if self._chunks or None in map(self._weights.form, self._weights.groups()):
+            self._follow(self._weights.chunks())
         self._holds = Holds.NOTHING
         self._still.clear()
         for chunk in self._chunks:

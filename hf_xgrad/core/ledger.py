@@ -36,6 +36,7 @@ class Ledger:
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
         self.written: list[Tensor] = []  # parameters that others wrote while they were predicted
+        self.compares_values = False  # whether somebody writes weights and puts them back
 
     @property
     def is_open(self) -> bool:
@@ -48,8 +49,8 @@ class Ledger:
         Args:
             chunk: the chunk.
             add: adds the move to a list of weights, which hold `w_t`.
-            compare_values: whether `bring_back` is to notice also what is written past autograd's version counters, as
-                through `.data`.
+            compare_values: whether `bring_back` is to compare what is there then, too: others may write past
+                autograd's version counters (through `.data`), or put back what they have written.
         """
         if not chunk.in_place:
             self._entries.append(_Entry(chunk))
@@ -61,7 +62,7 @@ class Ledger:
         entry = _Entry(chunk)
         self._entries.append(entry)
         add(chunk.params)
-        if compare_values:
+        if compare_values or self.compares_values:
             entry.sums = _sums(chunk.params)
         entry.versions = list(map(_VERSION, chunk.params))
 
@@ -83,7 +84,7 @@ class Ledger:
             torch._foreach_copy_(chunk.targets, chunk.params)
             self._entries.pop()
             return
-        self.written += _written(entry)
+        self.written += self._written(entry)
         entry.versions = entry.sums = None
         kept = keep(chunk)
         torch._foreach_copy_(chunk.params, chunk.kept)
@@ -91,18 +92,19 @@ class Ledger:
         if kept is not None:
             torch._foreach_copy_(chunk.kept, list(kept))
 
-
-def _written(entry: _Entry) -> list[Tensor]:
-    """The parameters that were written since they were predicted."""
-    chunk, written = entry.chunk, []
-    if entry.versions is not None and entry.versions != list(map(_VERSION, chunk.params)):
-        pairs = zip(chunk.owners, chunk.params, entry.versions, strict=True)
-        written = [owner for owner, p, version in pairs if p._version != version]
-    if not written and entry.sums is not None:
-        now = _sums(chunk.params)
-        pairs_of_sums = zip(chunk.owners, entry.sums, now, strict=True)
-        written = [owner for owner, before, after in pairs_of_sums if bool(before != after)]
-    return written
+    def _written(self, entry: _Entry) -> list[Tensor]:
+        """The parameters that are not any more as they were predicted."""
+        chunk = entry.chunk
+        changed = entry.versions is not None and entry.versions != list(map(_VERSION, chunk.params))
+        if entry.sums is not None:
+            pairs = zip(chunk.owners, entry.sums, _sums(chunk.params), strict=True)
+            written = [owner for owner, before, now in pairs if bool(before != now)]
+            self.compares_values |= changed and not written
+            return written
+        if not changed or entry.versions is None:
+            return []
+        versions = zip(chunk.owners, entry.versions, map(_VERSION, chunk.params), strict=True)
+        return [owner for owner, before, now in versions if before != now]
 
 
 def _sums(params: list[Tensor]) -> list[Tensor]:

@@ -46,7 +46,6 @@ class Prediction:
     def config(self, config: XGradConfig) -> None:
         self._steps.config = config
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def predict(self) -> None:
         self._exposed = True
@@ -80,7 +79,6 @@ class Prediction:
             None if decay is None else on_device(-steps * decay, chunk),
         )
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self, *, failed: bool) -> list[str]:
         """Brings the true weights back, and returns the names of those that others wrote meanwhile."""
@@ -107,10 +105,9 @@ class Prediction:
                     "first"
                 )
             self._take_back()
-        chunks = self.weights.chunks()
         for observer in self.observers:
             observer.before_step(self._window)
-        self._last_update.before_step(chunks)
+        self._last_update.before_step()
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -139,7 +136,7 @@ class Prediction:
     @property
     def steps(self) -> float:
         """`s`, the mean over the groups; waits for the device."""
-        steps = [float(s) for s, _ in self._steps.of_groups()]
+        steps = [float(s) for s, _ in self._steps.of_groups().values()]
         return sum(steps) / len(steps)
 
     @property

@@ -33,12 +33,12 @@ class Direction(NamedTuple):
     Attributes:
         numerators: one tensor per parameter, never written to: they may be the optimizer's own.
         denominators: tensors of the same shapes that are this object's own; None stands for 1.
-        factors: a number for each parameter, or a 1-d tensor of them on the device; None stands for 1.
+        factors: a number, one for each parameter, or a 1-d tensor of them on the device; None stands for 1.
     """
 
     numerators: Sequence[Tensor]
     denominators: list[Tensor] | None = None
-    factors: list[float] | Tensor | None = None
+    factors: float | list[float] | Tensor | None = None
 
     def moves(self, scale: float | Tensor) -> list[Tensor]:
         """`scale * direction` as new tensors."""
@@ -68,9 +68,11 @@ class Direction(NamedTuple):
             torch._foreach_div_(self.denominators, self.factors)
             torch._foreach_div_(self.denominators, scale)
             torch._foreach_addcdiv_(weights, list(self.numerators), self.denominators)
-        else:
+        elif isinstance(self.factors, list):
             scales = [scale * factor for factor in self.factors]
             torch._foreach_addcdiv_(weights, list(self.numerators), self.denominators, scales)
+        else:
+            torch._foreach_addcdiv_(weights, list(self.numerators), self.denominators, scale * self.factors)
 
 
 DirectionFunction = Callable[[Sequence[Tensor], Sequence[State], Group], Sequence[Tensor] | Direction]
@@ -258,6 +260,6 @@ def last_update_scale(steps: float | Tensor, lr: Any, previous_lr: Any) -> float
     return steps * lr / previous_lr if previous_lr != 0 else 0.0
 
 
-def scalars(values: list[float] | Tensor) -> list[float] | list[Tensor]:
-    """A list for multi-tensor kernels: numbers as they are, the elements of a 1-d tensor without dimensions."""
+def scalars(values: float | list[float] | Tensor) -> Any:
+    """For multi-tensor kernels: numbers as they are, the elements of a 1-d tensor without dimensions."""
     return list(values.unbind()) if isinstance(values, Tensor) else values

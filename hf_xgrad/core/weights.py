@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from hf_xgrad.core.rules import ClosedForm, Group, State, form_or_obstacle
+from hf_xgrad.core.rules import ClosedForm, Group, State, closed_form_of, form_or_obstacle
 
 # Elements worked on at a time: bounds the temporaries beside the kept weights.
 CHUNK_ELEMENTS = 2**24
 
 # Read by map(), in C: a steady step has no Python for each parameter.
 _PARAMS = itemgetter("params")
-_KIND = attrgetter("dtype", "device", "shape", "requires_grad")
+_FACTS = attrgetter("dtype"), attrgetter("shape"), attrgetter("requires_grad")
 
 OwnerT = TypeVar("OwnerT")
 
@@ -85,8 +85,10 @@ class Weights:
         self.rule = rule
         self.model = model
         self.ignores_steps = False
+        self._registered = None if rule == "last_update" else closed_form_of(type(optimizer))
         self._chunks: list[Chunk] = []
         self._facts: list[Any] | None = None  # what the chunks were made from
+        self._forms: dict[int, ClosedForm | None] = {}  # by the id of the group
         self.kept: dict[Tensor, Tensor] = {}  # of each parameter in the chunks
 
     # ---- the plan ----
@@ -100,8 +102,8 @@ class Weights:
         return form_or_obstacle(self.optimizer, group, self.rule, self.in_parts)
 
     def form(self, group: Group) -> ClosedForm | None:
-        """The closed form of a group; None under the last-update rule."""
-        return self.form_or_obstacle(group)[0]
+        """The closed form of a group, as the plan has it; None under the last-update rule."""
+        return self._forms[id(group)] if id(group) in self._forms else self.form_or_obstacle(group)[0]
 
     def chunks(self) -> list[Chunk]:
         """All weights that can be predicted; the same list as before while nothing has changed."""
@@ -113,17 +115,17 @@ class Weights:
 
     def _look(self) -> list[Any] | None:
         """What the plan depends on; None where it cannot be kept, as something is still to come."""
-        groups, state = self.groups(), self.optimizer.state
+        groups, state, form = self.groups(), self.optimizer.state, self._registered
         params = list(chain.from_iterable(map(_PARAMS, groups)))
         if UninitializedParameter in map(type, params):
             return None
         return [
             list(map(id, groups)),
-            [len(group["params"]) for group in groups],
+            list(map(len, map(_PARAMS, groups))),
             list(map(id, params)),
-            list(map(_KIND, params)),
             self.addresses(params),
-            [self.form(group) for group in groups],
+            *(list(map(fact, params)) for fact in _FACTS),
+            [form.obstacle(self.optimizer, group) for group in groups] if form is not None else [],
             id(state),
             list(map(id, state.values())),
             list(map(len, state.values())),
@@ -133,8 +135,9 @@ class Weights:
         kept: dict[Tensor, Tensor] = {}
         seen: set[Tensor] = set()
         self._chunks = []
+        self._forms = {id(group): self.form_or_obstacle(group)[0] for group in self.groups()}
         for group in self.groups():
-            form = self.form(group)
+            form = self._forms[id(group)]
             by_kind: dict[tuple[Any, ...], list[Tensor]] = {}
             for p in group["params"]:
                 # A parameter may be listed twice, and still has one set of true weights.

@@ -65,6 +65,9 @@ class _XGradFields(_Arguments):
         default=False, metadata={"help": "Add decoupled weight decay to the predicted move of closed forms."}
     )
 
+    def __repr__(self) -> str:
+        return str(self)  # hides tokens, which a dataclass would show
+
     def __post_init__(self) -> None:
         self.xgrad_steps = XGradConfig.from_args(self).steps
         name = getattr(self.optim, "value", self.optim)
@@ -78,7 +81,6 @@ class _XGradFields(_Arguments):
         self.optim = name
 
 
-# Without a __repr__ of its own, which would show what that of Transformers hides: tokens.
 @dataclass(repr=False)
 class XGradTrainingArguments(_XGradFields, TrainingArguments):
     """`transformers.TrainingArguments` with the settings of XGrad.

@@ -70,7 +70,8 @@ class ExtraOptimizersMixin(_Trainer):
         elif given is None:
             _check_arguments(self.args, config, self.model, self.get_optimizer_cls_and_kwargs)
         else:
-            reason = IN_BACKWARD if "optimizer_dict" in given[1] else refusal(given[0]) or refused_setting(given[1])
+            is_layerwise = isinstance(given[1].get("optimizer_dict"), dict)
+            reason = IN_BACKWARD if is_layerwise else refusal(given[0]) or refused_setting(given[1])
             if reason is not None:
                 raise refused(given[0].__name__, reason)
             # What a factory will make is not known yet: the predictor looks at it before the first step.
@@ -99,9 +100,10 @@ def _check_closed_form(optimizer_class: Any, kwargs: dict[str, Any], config: XGr
     if closed_form_of(optimizer_class) is None:
         # Not made even for a trial: who knows what it wants.
         raise no_closed_form(f"{optimizer_class.__name__} has none")
-    # Transformers puts groups among the settings of some (GaLore, APOLLO): tried are theirs, but for the weights.
-    settings = {"params": [{}], **kwargs}
-    groups = [{**group, "params": [nn.Parameter(torch.zeros(1, 1))]} for group in settings.pop("params")]
+    # Groups may be among the settings, under one of these names: tried are theirs, but for the weights.
+    settings = dict(kwargs)
+    given = [settings.pop(name) for name in ("params", "model", "optimizer_dict") if name in settings]
+    groups = [{**group, "params": [nn.Parameter(torch.zeros(1, 1))]} for group in (given[-1] if given else [{}])]
     check_optimizer(optimizer_class(groups, **settings), config)
 
 
