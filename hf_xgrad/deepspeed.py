@@ -40,5 +40,5 @@ class ZeroPredictor(WeightPredictor):
 
     def refresh(self) -> None:
         """Brings true weights to every process, also after an error; every process has to call it."""
-        if self._active is not None and isinstance(self._active.weights, ZeroWeights):
-            self._active.weights.refresh()
+        if self.prediction is not None and isinstance(self.prediction.weights, ZeroWeights):
+            self.prediction.weights.refresh()

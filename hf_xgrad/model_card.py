@@ -385,11 +385,7 @@ def _method(trained: TrainedModel) -> str:
             "prediction, as with the plain optimizer: the trainer has a training_step of its own that does not call "
             "XGrad's."
         )
-    steps = config.steps if isinstance(config.steps, str) else f"{config.steps:g}"
-    chosen = [entry["xgrad/steps"] for entry in trained.history if _is_finite(entry.get("xgrad/steps"))]
-    if chosen:
-        steps += f" (last: {chosen[-1]:.2f})"
-    rows = [("steps predicted ahead, s", steps), ("rule", _rule(trained))]
+    rows = [("steps predicted ahead, s", _steps(trained)), ("rule", _rule(trained))]
     optimizer = _named(trained.optimizer)
     if optimizer is not None:
         rows.insert(0, ("optimizer", type(optimizer).__name__))
@@ -418,6 +414,22 @@ def _named(optimizer: Optimizer | None) -> Optimizer | None:
     while type(found).__module__.startswith("deepspeed.") and isinstance(getattr(found, "optimizer", None), Optimizer):
         found = found.optimizer
     return found
+
+
+def _steps(trained: TrainedModel) -> str:
+    """`s` as it was set, and what it was at last where it was chosen in training."""
+    config, optimizer = trained.config, _named(trained.optimizer)
+    if not isinstance(config.steps, str):
+        return f"{config.steps:g}"
+    fixed: set[float | None] = set()
+    if optimizer is not None:
+        forms = [form_of_group(optimizer, group, config.rule) for group in optimizer.param_groups]
+        fixed = set(map(config.steps_under, forms))
+    if fixed and None not in fixed:
+        return f"1 ({config.steps})"
+    logged = [entry["xgrad/steps"] for entry in trained.history if _is_finite(entry.get("xgrad/steps"))]
+    kind = "auto" if fixed == {None} else config.steps
+    return f"{kind} (last: {logged[-1]:.2f})" if logged else kind
 
 
 def _rule(trained: TrainedModel) -> str:

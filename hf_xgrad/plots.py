@@ -92,6 +92,8 @@ def plot_runs(
     labels = {name: known.get(name, _in_words(name)) for name in (_LOSS, metric, _COSINE, _STEPS)}
     logged = {name: {group: _logged(runs, name) for group, runs in groups.items()} for name in labels}
     logged = {name: of_groups for name, of_groups in logged.items() if any(of_groups.values())}
+    if not any(len(set(run.values())) > 1 for runs in logged.get(_STEPS, {}).values() for run in runs):
+        logged.pop(_STEPS, None)  # a fixed s is no curve
     if not logged:
         raise PlotError(f"nothing to draw: no run has logged {' or '.join(labels)}")
     names = {group: _legend_name(group, len(runs)) for group, runs in groups.items()}

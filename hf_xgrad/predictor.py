@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -12,10 +11,11 @@ from torch.optim import Optimizer
 
 import hf_xgrad.closed_forms  # noqa: F401, registers them
 from hf_xgrad.core.config import XGradConfig
-from hf_xgrad.core.diagnostics import Observer
 from hf_xgrad.core.prediction import Prediction
 from hf_xgrad.core.refusals import check_model, check_optimizer, unwrap_optimizer
+from hf_xgrad.core.saved_state import load_state, needed_parts, state_of
 from hf_xgrad.core.weights import Weights
+from hf_xgrad.core.written import write_is_lost
 from hf_xgrad.engines.sharded import ShardedWeights, is_sharded
 
 
@@ -30,16 +30,14 @@ class WeightPredictor:
     same weights. Parameters keep their storage; the optimizer's state and groups are only read. Beside the temporaries
     of one chunk, the predictor holds one copy of the weights that it moves, allocated once.
 
-    Weights that others write while they are predicted (a forward that clamps them, a second optimizer) would be lost:
-    that is an error as soon as the true weights are back. Between predictions anything may change: weights, their
-    type and memory, groups, the optimizer's state.
+    What others write to predicted weights (a forward that clamps them, a second optimizer) would be lost, and is an
+    error as soon as the true ones are back. Between two predictions everything may change.
 
     Args:
         optimizer: the optimizer `w` is stepped by: any `torch.optim.Optimizer`, bare or prepared by Accelerate.
         config: `s` is `config.steps`, the rule `config.rule`; may be set anew between two predictions.
-        model: the model as prepared. Needed where its parameters are sharded (FSDP, tensor parallelism), as whole
-            weights that FSDP has gathered have to be dropped then; each process predicts the part that it holds.
-            Elsewhere it gives the weights their names in messages.
+        model: the model as prepared; needed where its parameters are sharded (FSDP, tensor parallelism), of which each
+            process predicts the part that it holds. Elsewhere it gives the weights their names in messages.
 
     Raises:
         TypeError: `optimizer` is not a `torch.optim.Optimizer`.
@@ -71,7 +69,7 @@ class WeightPredictor:
         self._model = model
         self._inside = False  # between predict and restore, also where nothing is moved
         self._config = XGradConfig(enabled=False)
-        self._active: Prediction | None = None  # while the settings have been other than to predict nothing
+        self.prediction: Prediction | None = None  # the parts at work, from the first settings on that predict
         self.config = config
 
     @property
@@ -83,24 +81,15 @@ class WeightPredictor:
     def config(self, config: XGradConfig) -> None:
         if self._inside:
             raise RuntimeError("WeightPredictor: config is set inside a prediction; leave predicted() first")
-        if self._active is not None and (config.rule == self._active.weights.rule or not config.active):
-            self._active.config = config
+        if self.prediction is not None and (config.rule == self.prediction.weights.rule or not config.active):
+            self.prediction.config = config
         elif config.active:
-            self._active = Prediction(self._make_weights(config), config)
+            observers = self.prediction.more_observers if self.prediction is not None else []
+            self.prediction = Prediction(self._make_weights(config), config, observers)
         self._config = config
 
     def _make_weights(self, config: XGradConfig) -> Weights:
-        """The weights as the engine has them; refuses what cannot be right."""
-        check_optimizer(self.optimizer, config)
-        check_model(self._model)
-        if not any(is_sharded(p) for group in self.optimizer.param_groups for p in group["params"]):
-            return Weights(self.optimizer, config.rule, self._model)
-        if self._model is None:
-            raise ValueError(
-                "WeightPredictor: the parameters are sharded; give it the prepared model too: "
-                "WeightPredictor(optimizer, config, model)"
-            )
-        return ShardedWeights(self.optimizer, config.rule, self._model)
+        return _weights_of(self.optimizer, config, self._model)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -118,8 +107,8 @@ class WeightPredictor:
     def predicted(self) -> _Predicted:
         """Context manager: predicted weights inside, the true ones again on every way out.
 
-        In a plain loop a signal may come between the body and the way out, in CPython itself: then call `restore()` in
-        a `finally` of your own.
+        A signal may come between the body and the way out, in CPython itself: a `finally` of your own with `restore()`
+        is safe from that, too.
 
         Raises:
             RuntimeError: on entering it twice (predicting from predicted weights), and on leaving it where predicted
@@ -141,8 +130,8 @@ class WeightPredictor:
             )
         try:
             self._inside = True
-            if self._active is not None:
-                self._active.predict()
+            if self.prediction is not None:
+                self.prediction.predict()
         except BaseException:
             self._restore(failed=True)
             raise
@@ -159,54 +148,18 @@ class WeightPredictor:
         """`restore`, told whether forward or backward `failed`; without communication, as others may not follow."""
         if not self._inside:
             return
-        written = self._active.restore(failed=failed) if self._active is not None else []
+        written = self.prediction.restore(failed=failed) if self.prediction is not None else []
         self._inside = False
         if written and not failed:
-            raise RuntimeError(
-                f"XGrad: {written[0]} was written while it was predicted (by forward or backward, a hook, or another "
-                "optimizer), and what was written is lost: it was no change of the true weights. Write weights "
-                "outside of predicted() (in a callback, after the optimizer's step), or switch XGrad off "
-                "(xgrad=False, XGradConfig(enabled=False))."
-            )
-
-    def watch(self, observer: Observer) -> None:
-        """Has `observer` told of every prediction and step from now on."""
-        if self._active is not None:
-            self._active.observers.append(observer)
-
-    def describe(self) -> str:
-        """By which rule weights are predicted, how many steps ahead, and why; one line."""
-        return self._active.describe() if self._active is not None else "nothing is predicted"
-
-    @property
-    def steps(self) -> float:
-        """`s` of the coming prediction, the mean over the parameter groups."""
-        return self._active.steps if self._active is not None else 0.0
-
-    def explain(self, error: BaseException) -> None:
-        """Adds a note to an error that has ended a prediction, if that has left something wrong (under ZeRO)."""
-        if self._active is not None:
-            self._active.weights.explain(error)
-
-    @contextmanager
-    def ignoring_steps(self) -> Iterator[None]:
-        """Steps in here count as none: saving the state of an optimizer under FSDP2 may step, with lr = 0."""
-        if self._active is None:
-            yield
-            return
-        self._active.weights.ignores_steps = True
-        try:
-            yield
-        finally:
-            self._active.weights.ignores_steps = False
+            raise write_is_lost(written[0])
 
     # ---- diagnostics ----
 
     def measure(self, enabled: bool = True) -> None:
         """Whether to compare the prediction of the coming step with the step; `diagnostics` then has the result."""
-        if self._active is not None:
-            self._active.weights.settle()
-            self._active.comparison.measure(enabled)
+        if self.prediction is not None:
+            self.prediction.weights.settle()
+            self.prediction.comparison.measure(enabled)
 
     def diagnostics(self) -> dict[str, float]:
         """Result of the last measured step, once; empty where none was measured since.
@@ -216,10 +169,10 @@ class WeightPredictor:
         2^20 weights), `active` 1.0 where weights were moved, `steps` the mean of `s` over the parameter groups, and
         `steps_<i>` that of group i where groups choose theirs.
         """
-        if self._active is None:
+        if self.prediction is None:
             return {}
-        self._active.weights.settle()
-        return self._active.comparison.result()
+        self.prediction.weights.settle()
+        return self.prediction.comparison.result()
 
     # ---- checkpoints ----
 
@@ -237,7 +190,7 @@ class WeightPredictor:
         """
         if self._inside:
             raise RuntimeError("WeightPredictor: state_dict() inside a prediction; leave predicted() first")
-        return self._active.state_dict() if self._active is not None else {}
+        return state_of(self.prediction) if self.prediction is not None else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes up what `state_dict` gave; what is not in it starts anew.
@@ -251,18 +204,18 @@ class WeightPredictor:
         """
         if self._inside:
             raise RuntimeError("WeightPredictor: load_state_dict() inside a prediction; leave predicted() first")
-        if self._active is not None:
-            self._active.load_state_dict(state_dict)
+        if self.prediction is not None:
+            load_state(self.prediction, state_dict)
 
     @property
     def process(self) -> list[int] | None:
         """`[rank, number of processes]` that `state_dict` belongs to; None where it is the same on all."""
-        return self._active.weights.process if self._active is not None else None
+        return self.prediction.weights.process if self.prediction is not None else None
 
     @property
     def remembers(self) -> set[str]:
         """What of `state_dict` a prediction needs beside the optimizer's state: `"weights"`, `"steps"`, or neither."""
-        return self._active.remembers if self._active is not None else set()
+        return needed_parts(self.prediction) if self.prediction is not None else set()
 
 
 class _Predicted:
@@ -282,7 +235,7 @@ class _Predicted:
         except BaseException as error:
             if not nested:
                 self._predictor._restore(failed=True)
-                self._predictor.explain(error)
+                self._explain(error)
             raise
         return self._predictor
 
@@ -296,7 +249,26 @@ class _Predicted:
             finally:
                 self._predictor._restore(failed=failed)  # only has work to do where an interrupt ended the first
         except BaseException as interrupt:
-            self._predictor.explain(interrupt)
+            self._explain(interrupt)
             raise
         if error is not None:
-            self._predictor.explain(error)
+            self._explain(error)
+
+    def _explain(self, error: BaseException) -> None:
+        """Adds a note to an error that has ended a prediction, if that has left something wrong (under ZeRO)."""
+        if self._predictor.prediction is not None:
+            self._predictor.prediction.weights.explain(error)
+
+
+def _weights_of(optimizer: Optimizer, config: XGradConfig, model: nn.Module | None) -> Weights:
+    """The weights, whole or sharded; refuses what cannot be right."""
+    check_optimizer(optimizer, config)
+    check_model(model)
+    if not any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+        return Weights(optimizer, config.rule, model)
+    if model is None:
+        raise ValueError(
+            "WeightPredictor: the parameters are sharded; give it the prepared model too: "
+            "WeightPredictor(optimizer, config, model)"
+        )
+    return ShardedWeights(optimizer, config.rule, model)

@@ -107,7 +107,7 @@ def train(
     model, optimizer = accelerator.prepare(model, make_optimizer(model, args))
     # Not prepared: a prepared schedule makes as many steps at a time as there are processes.
     schedule = make_schedule(optimizer, args, max_steps)
-    predictor = WeightPredictor(optimizer, XGradConfig.from_args(args))
+    predictor = WeightPredictor(optimizer, XGradConfig.from_args(args), model)
     accelerator.register_for_checkpointing(schedule, predictor)
 
     state = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))

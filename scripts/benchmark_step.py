@@ -106,7 +106,7 @@ class Training:
 def measure(args: BenchmarkArguments, optimizer: str, rule: str) -> dict[str, Any]:
     """Ratios of steps with `rule` to steps without XGrad, or of s = auto to s = 1."""
     config = XGradConfig(steps=args.xgrad_steps, rule=rule)
-    against = XGradConfig(enabled=args.xgrad_steps == AUTO_STEPS, rule=rule)
+    against = XGradConfig(enabled=args.xgrad_steps == AUTO_STEPS, steps=1.0, rule=rule)
     plain, xgrad = Training(args, optimizer, against), Training(args, optimizer, config)
     pairs = []
     for i in tqdm(range(args.pairs + 3), desc=f"{optimizer}, {rule}", leave=False):

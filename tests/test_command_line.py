@@ -57,7 +57,7 @@ def test_counts(capsys: pytest.CaptureFixture[str]) -> None:
 def test_names_of_optim(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(output(capsys, "optimizers", "--json", "--optim", "adafactor", "lomo"))["optimizers"]
     assert [(row["source"], row["name"]) for row in found] == [("--optim", "adafactor"), ("--optim", "lomo")]
-    assert {row["rule"] for row in found} == {"universal rule", "refused"}
+    assert {row["rule"] for row in found} == {"last update", "refused"}
 
 
 def test_filter(capsys: pytest.CaptureFixture[str]) -> None:

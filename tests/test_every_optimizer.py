@@ -15,7 +15,7 @@ from hf_xgrad import WeightPredictor, XGradConfig
 
 TABLE = json.loads(sweep.TABLE.read_text())
 ROWS = TABLE["optimizers"]
-AGAIN = "run `python tests/every_optimizer.py --write`"
+AGAIN = "run `python tests/support/every_optimizer.py --write`"
 
 # Their cases are made without importing what they need, so that these can be told apart while tests are collected.
 SLOW = {"adamw_torch_4bit", "adamw_torch_8bit", "SpectralSphere"}
@@ -65,7 +65,7 @@ def test_every_row_is_one_of_four() -> None:
     for row in ROWS:
         assert row["rule"] in sweep.RULES, row
         assert (row["rule"] in (sweep.REFUSED, sweep.NOT_RUN)) <= bool(row["note"]), row
-        assert (row["rule"] in (sweep.CLOSED, sweep.UNIVERSAL)) <= bool(row["class"]), row
+        assert (row["rule"] in (sweep.CLOSED, sweep.LAST_UPDATE)) <= bool(row["class"]), row
         assert "\n" not in "".join(row.values()), row
     assert len({name_of(row) for row in ROWS}) == len(ROWS)
 
@@ -75,7 +75,7 @@ def test_slow_cases_are_the_ones_marked() -> None:
 
 
 def test_page_is_made_of_the_table() -> None:
-    assert sweep.PAGE.read_text() == sweep.page(TABLE), "run `python tests/every_optimizer.py --write_page`"
+    assert sweep.PAGE.read_text() == sweep.page(TABLE), "run `python tests/support/every_optimizer.py --write_page`"
 
 
 @pytest.mark.parametrize(
@@ -150,16 +150,16 @@ def a_case(key: tuple[str, str, str] = (sweep.TORCH, "AdamW", "")) -> sweep.Trac
 
 def test_checks_see_what_is_wrong() -> None:
     """Each, on a trace that is right but for one thing."""
-    closed, universal = a_case(), a_case((sweep.TORCH, "Adagrad", ""))
+    closed, repeating = a_case(), a_case((sweep.TORCH, "Adagrad", ""))
     sweep.check_windows(closed)
     sweep.check_closed_form(closed, None)
-    sweep.check_windows(universal)
-    sweep.check_universal(universal)
+    sweep.check_windows(repeating)
+    sweep.check_last_update(repeating)
 
     name = next(iter(closed.groups))
     for trace, check in (
         (closed, lambda trace: sweep.check_closed_form(trace, None)),
-        (universal, sweep.check_universal),
+        (repeating, sweep.check_last_update),
     ):
         seen = trace.windows[3].seen[0][name]
         kept = seen.clone()

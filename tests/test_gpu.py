@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, GPT2LMHeadModel
 import tiny_models as tiny
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.optim import AdaM3
+from inside import chosen_steps, kept_weights, predictor_of
 from reference import predicted_weights
 
 pytestmark = [
@@ -46,7 +47,7 @@ def test_prediction_on_the_device(name: str, steps: float | str) -> None:
     with predictor.predicted():
         pass
     before = [p.detach().clone() for p in model.parameters()]
-    expected = predicted_weights(optimizer, predictor._auto_steps.values()[0] if predictor._auto_steps else 2.0)
+    expected = predicted_weights(optimizer, chosen_steps(predictor)[0] if steps == "auto" else 2.0)
     torch.cuda.set_sync_debug_mode("error")
     try:
         predictor.predict()
@@ -97,8 +98,8 @@ def test_capturable_optimizers_are_predicted_as_on_the_cpu(cls: Any, settings: A
     "settings",
     [
         pytest.param({"optim": "adamw_torch"}, id="closed_form"),
-        pytest.param({"optim": "adamw_torch", "xgrad_rule": "last_update"}, id="last_update"),
-        pytest.param({"optim": "paged_adamw_8bit"}, id="paged_adamw_8bit"),
+        pytest.param({"optim": "adamw_torch", "xgrad_rule": "last_update", "xgrad_steps": 1.0}, id="last_update"),
+        pytest.param({"optim": "paged_adamw_8bit", "xgrad_steps": 1.0}, id="paged_adamw_8bit"),
     ],
 )
 def test_adapters_on_a_4_bit_base(tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -125,7 +126,7 @@ def test_adapters_on_a_4_bit_base(tmp_path: Path, settings: dict[str, Any]) -> N
 
     def observe(event: str, **kwargs: Any) -> None:
         if event == "step_end":
-            kept.append({names[p]: backup.numel() for p, backup in trainer._predictor._backups.items()})
+            kept.append({names[p]: copy.numel() for p, copy in kept_weights(predictor_of(trainer)).items()})
 
     trainer.add_callback(tiny.EveryEvent(observe))
     forwards = tiny.Forwards(model)

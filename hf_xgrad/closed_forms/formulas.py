@@ -77,8 +77,18 @@ def adaptive_direction(
         torch._foreach_sqrt_(denominators)
     else:
         denominators = torch._foreach_sqrt(list(second_moments))
-        torch._foreach_add_(denominators, scalars(offsets))
+        add_numbers_(list(denominators), offsets)
     return Direction(exp_avgs, list(denominators), factors)
+
+
+def add_numbers_(tensors: list[Tensor], numbers: float | list[float] | Tensor) -> None:
+    """Adds a number to each tensor, or one to all."""
+    first = tensors[0]
+    if isinstance(numbers, float) and first.device.type == "cpu" and first.dtype in (torch.float32, torch.float64):
+        # On the host a Python number is made a tensor for each sum, which takes longer than a small sum.
+        torch._foreach_add_(tensors, [torch.scalar_tensor(numbers, dtype=first.dtype)] * len(tensors))
+    else:
+        torch._foreach_add_(tensors, scalars(numbers))
 
 
 def _factor_and_offset(k: float, beta1: float, beta2: float, eps: float, floor: float) -> tuple[float, float]:
@@ -126,10 +136,7 @@ def scaled_direction(
     """`factor * m / (sqrt(v) + eps)`; `eps` is one number, or a 1-d tensor with one per parameter."""
     denominators = list(torch._foreach_sqrt(list(second_moments)))
     floor = negligible(denominators[0].dtype)
-    if isinstance(eps, Tensor):
-        torch._foreach_add_(denominators, scalars(readable(eps.clamp_min(floor))))
-    else:
-        torch._foreach_add_(denominators, max(eps, floor))
+    add_numbers_(denominators, readable(eps.clamp_min(floor)) if isinstance(eps, Tensor) else max(eps, floor))
     return Direction(exp_avgs, denominators, factors)
 
 

@@ -23,6 +23,11 @@ from hf_xgrad.core.weights import Weights
 _DISCOUNT = 0.5
 # Averages over some 50 steps: s must not follow the noise of single batches, and has to settle in short runs too.
 _SMOOTHING = 0.98
+# And over some 5 steps, for what they repeat of late.
+_RECENT = 0.8
+# A smaller s is none under the last-update rule: of an optimizer without momentum the little that its updates repeat
+# while it warms up soon turns into its opposite, and to predict by it until then made Adafactor worse at every seed.
+_LEAST = 0.25
 # Tensors looked at in a group, and weights in each, few enough to cost nothing. Beyond this size all tensors count
 # alike, whatever their number of weights: s is that of the common tensor, not that of the largest.
 _TENSORS = 32
@@ -51,8 +56,9 @@ class AutoSteps(Observer):
     optimizer and rule, costs next to nothing, and is the same on all processes that hold the same weights. A step
     that moves nothing, or to infinity or NaN, changes nothing. On an accelerator nothing waits for the device.
 
-    Until two updates are known, s is 1 for a group with a closed form, and 0 under the last-update rule, where nothing
-    is known of how an update repeats the one before.
+    Until two updates are known, s is 1 for a group with a closed form. Under the last-update rule it is 0 then, and
+    wherever it would be below 1/4, also by an average over some 5 steps: where the last updates hardly say where the
+    next ones go, nothing is to be repeated.
 
     Where weights are sharded, each process samples the parts that it holds, and the products are summed over all
     processes (two numbers per group and step), so that all have the same `s`.
@@ -71,15 +77,17 @@ class AutoSteps(Observer):
         self.config = config
         self._estimates: dict[_Identity, _GroupEstimate] = {}  # by the parameters of the group
 
-    @torch.no_grad()
     def before_step(self, window: Sequence[Move] = ()) -> None:
-        for group, estimate in self._follow_groups():
-            estimate.before_step(group.get("lr"))
+        if not isinstance(self.config.steps, float):  # else no group chooses
+            for group, estimate in self._follow_groups():
+                estimate.before_step(group.get("lr"))
+
+    def after_step(self, window: Sequence[Move] = ()) -> None:
+        if self._estimates:
+            self._take_step()
 
     @torch.no_grad()
-    def after_step(self, window: Sequence[Move] = ()) -> None:
-        if not self._estimates:
-            return
+    def _take_step(self) -> None:
         estimates = list(self._estimates.values())
         updates = [estimate.update() for estimate in estimates]
         products = [estimate.products(update) for estimate, update in zip(estimates, updates, strict=True)]
@@ -91,11 +99,11 @@ class AutoSteps(Observer):
 
     def steps(self, group: Group) -> float | Tensor:
         """`s` for the coming prediction of a group: a number on the CPU, else a tensor without dimensions."""
-        first = 0.0 if self._weights.form(group) is None else 1.0
+        cautious = self._weights.form(group) is None
         estimate = self._estimates.get(_identity(group["params"]))
         if estimate is None:
-            return first
-        s = estimate.steps(first)
+            return 0.0 if cautious else 1.0
+        s = estimate.steps(cautious=cautious)
         return float(s) if s.device.type == "cpu" else s
 
     def values(self) -> list[float]:
@@ -177,57 +185,6 @@ class AutoSteps(Observer):
             yield f"{g}.sums", estimate.sums
 
 
-class StepsAhead:
-    """`s` of each group: fixed, or chosen in training; the same for all micro-batches of a window.
-
-    Args:
-        weights: gives the groups.
-        config: tells which is which; may be set anew, for the next window.
-    """
-
-    def __init__(self, weights: Weights, config: XGradConfig) -> None:
-        self._weights = weights
-        self.auto = AutoSteps(weights, config)
-        self._in_window: dict[int, float | Tensor] = {}  # by the id of the group
-
-    @property
-    def config(self) -> XGradConfig:
-        return self.auto.config
-
-    @config.setter
-    def config(self, config: XGradConfig) -> None:
-        self.auto.config = config
-
-    def of(self, group: Group) -> float | Tensor:
-        """`s` of the window, which begins with the first question."""
-        if id(group) not in self._in_window:
-            for other in self._weights.groups():
-                self._in_window.setdefault(id(other), self._now(other))
-        return self._in_window[id(group)]
-
-    def _now(self, group: Group) -> float | Tensor:
-        fixed = self.config.steps_under(self._weights.form(group))
-        return self.auto.steps(group) if fixed is None else fixed
-
-    def of_groups(self) -> dict[int, tuple[float | Tensor, bool]]:
-        """`s` of each group that has weights, by its place in the optimizer, and whether it was chosen in training.
-
-        That of the window, or of the next one where none has begun.
-        """
-        return {
-            g: (
-                self._in_window.get(id(group), self._now(group)),
-                self.config.steps_under(self._weights.form(group)) is None,
-            )
-            for g, group in enumerate(self._weights.groups())
-            if group["params"]
-        }
-
-    def end_window(self) -> None:
-        """To be called after each realised step."""
-        self._in_window.clear()
-
-
 class _GroupEstimate:
     """`s` of one group."""
 
@@ -238,12 +195,13 @@ class _GroupEstimate:
         self._lr: Any = None
         zeros = torch.zeros_like(self._sample.read(), dtype=torch.float32)
         self.trace = zeros  # e_t
-        self.sums = zeros.new_zeros(3)  # E[<u_t, e_t>], E[|u_{t-1}|^2], |u_{t-1}|^2
+        self.sums = zeros.new_zeros(4)  # E[<u_t, e_t>], E[|u_{t-1}|^2], |u_{t-1}|^2, the first of these of late
 
     def fits(self) -> bool:
         """Whether the parameters are still those that were looked at, and of the same shapes."""
         return self._sample.fits()
 
+    @torch.no_grad()
     def before_step(self, lr: Any) -> None:
         self._before = self._sample.read()
         if isinstance(lr, Tensor):
@@ -270,7 +228,7 @@ class _GroupEstimate:
         trace, sums = self.trace.to(update.device), self.sums.to(update.device)
         product, square = products.to(update.device).unbind()
         averages = torch.lerp(torch.stack([product, sums[2]]), sums[:2], _SMOOTHING)
-        new_sums = torch.cat([averages, square.reshape(1)])
+        new_sums = torch.cat([averages, torch.stack([square, torch.lerp(product, sums[3], _RECENT)])])
         # A learning rate of 0 gives 0 / 0.
         counts = (square > 0) & torch.isfinite(new_sums).all()
         if counts.device.type != "cpu":
@@ -280,9 +238,11 @@ class _GroupEstimate:
         elif counts:
             self.trace, self.sums = update + _DISCOUNT * trace, new_sums
 
-    def steps(self, first: float) -> Tensor:
-        product, square = self.sums[:2].unbind()
-        return torch.where(square > 0, (product / square).clamp(0.0, 1.0 / (1.0 - _DISCOUNT)), first)
+    def steps(self, *, cautious: bool) -> Tensor:
+        """`s`; 0 where an update hardly repeats the one before, if `cautious`."""
+        product, square, _, recent = self.sums.unbind()
+        s = torch.where(square > 0, (product / square).clamp(0.0, 1.0 / (1.0 - _DISCOUNT)), 0.0 if cautious else 1.0)
+        return torch.where(torch.minimum(product, recent) >= _LEAST * square, s, 0.0) if cautious else s
 
 
 class _Sample:

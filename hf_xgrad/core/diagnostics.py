@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_xgrad.core.config import XGradConfig
 from hf_xgrad.core.moves import ClosedFormMove, Move
 from hf_xgrad.core.weights import Chunk, Weights
 
@@ -73,6 +74,7 @@ class StepComparison(Observer):
             for move in window:
                 self._look(move, stride)
 
+    @torch.no_grad()
     def _look(self, move: Move, stride: int) -> None:
         # A method, so that the moves of one chunk are gone before those of the next are made.
         chunk, moves = move.chunk, move.tensors()
@@ -80,11 +82,15 @@ class StepComparison(Observer):
         self._samples.append(_Sample(chunk, stride, _sample(moves, stride), _sample(chunk.params, stride)))
 
     def after_step(self, window: Sequence[Move]) -> None:
-        if not self._wanted:
-            return
+        if self._wanted:
+            self._compare()
+
+    @torch.no_grad()
+    def _compare(self) -> None:
         sizes, products = self._sizes, [sample.products() for sample in self._samples]
         self._wanted, self._sizes, self._samples = False, [], []
-        device = self._weights.part(next(p for group in self._weights.groups() for p in group["params"])).device
+        params = (p for group in self._weights.groups() for p in group["params"])
+        device = next((self._weights.part(p).device for p in params), torch.device("cpu"))
         sums = torch.zeros(5, device=device)
         for size, product in zip(sizes, products, strict=True):
             sums += torch.cat([size, product]).to(device)
@@ -101,7 +107,7 @@ class StepComparison(Observer):
             result["cosine"] = dot / (sampled_move * update) ** 0.5
             self._warn_if_harmful(result["cosine"])
         steps = {g: float(s) for g, (s, _) in self._steps_used.items()}
-        result["steps"] = sum(steps.values()) / len(steps)
+        result["steps"] = mean(list(steps.values()))
         if len(steps) > 1 and any(chosen for _, chosen in self._steps_used.values()):
             result |= {f"steps_{g}": s for g, s in steps.items()}
         return result
@@ -179,6 +185,22 @@ def _lost(move: ClosedFormMove) -> list[Tensor]:
     return counts
 
 
+def describe(weights: Weights, config: XGradConfig) -> str:
+    """By which rule weights are predicted, how many steps ahead, and why; one line."""
+    name = type(weights.optimizer).__name__
+    kinds: dict[str, list[int]] = {}
+    for g, group in enumerate(weights.groups()):
+        form, obstacle = weights.form_or_obstacle(group)
+        rule = f"the closed form of {name}" if form is not None else f"the last-update rule ({obstacle})"
+        fixed = config.steps_under(form)
+        steps = "chosen from the updates while training (auto)" if fixed is None else f"{fixed:g}"
+        kinds.setdefault(f"by {rule}, s = {steps}", []).append(g)
+    if len(kinds) == 1:
+        return f"weights are predicted {next(iter(kinds))}"
+    of_groups = "; ".join(f"those of group {', '.join(map(str, gs))} {kind}" for kind, gs in kinds.items())
+    return f"weights are predicted: {of_groups}"
+
+
 def warn_of_rounding(weights: Weights) -> None:
     """Warns where the last update of low-precision weights is to be repeated."""
     groups = [group for group in weights.groups() if weights.form(group) is None]
@@ -195,6 +217,11 @@ def warn_of_rounding(weights: Weights) -> None:
 def is_low_precision(chunk: Chunk) -> bool:
     """Whether forward reads the weights in a type of 16 bits in which the optimizer steps them, too."""
     return chunk.in_place and chunk.params[0].dtype in _LOW_PRECISION
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; 0 of nothing, as of the groups of an optimizer that has no weights."""
+    return sum(values) / len(values) if values else 0.0
 
 
 def is_power_of_two(count: int) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +23,18 @@ class Holds(Enum):
     MOVE = "move"  # w_hat_t - w_t: the window's other micro-batches repeat it
 
 
-_KEYS = {"holds", "lrs", "weights"}
+class Memory(NamedTuple):
+    """What the rule goes on from.
+
+    Attributes:
+        holds: `PREVIOUS` or `MOVE`.
+        lrs: `lr_{t-1}` of each group of the optimizer.
+        weights: `w_{t-1}`, or the move, of each parameter that moves.
+    """
+
+    holds: Holds
+    lrs: list[Any]
+    weights: dict[Tensor, Tensor]
 
 
 class LastUpdate:
@@ -102,7 +112,11 @@ class LastUpdate:
     def before_step(self) -> None:
         """To be called right before the optimizer steps the true weights."""
         if self._chunks or None in map(self._weights.form, self._weights.groups()):
-            self._follow(self._weights.chunks())
+            with torch.no_grad():
+                self._keep_true()
+
+    def _keep_true(self) -> None:
+        self._follow(self._weights.chunks())
         self._holds = Holds.NOTHING
         self._still.clear()
         for chunk in self._chunks:
@@ -124,7 +138,7 @@ class LastUpdate:
         going_on = [chunk for chunk in self._chunks if holds is Holds.PREVIOUS or chunk not in self._still]
         known = {p: self._lrs.get(id(chunk.group), 0.0) for chunk in going_on for p in chunk.owners}
         before, self._kept = self._kept, self._weights.kept
-        self._plan, self._chunks = plan, [chunk for chunk in plan if chunk.form is None]
+        self._chunks = [chunk for chunk in plan if chunk.form is None]
         lrs_of_groups, self._lrs, self._still = self._lrs, {}, set()
         for group in {id(chunk.group): chunk.group for chunk in self._chunks}.values():
             owners = [p for chunk in self._chunks if chunk.group is group for p in chunk.owners]
@@ -137,92 +151,34 @@ class LastUpdate:
                     _start_afresh(kept, param, holds)
                 elif holds is Holds.PREVIOUS and lrs[p] is not lr:
                     _change_rate(kept, param, lrs[p], lr)
-        self._holds = holds if self._chunks else Holds.NOTHING
+        self._plan, self._holds = plan, holds if self._chunks else Holds.NOTHING
 
     # ---- checkpoints ----
 
-    def state_dict(self) -> dict[str, Any]:
-        """`holds`, `lrs`, `weights` and `still` of `WeightPredictor.state_dict`; empty where nothing is remembered."""
+    def memory(self) -> Memory | None:
+        """What is remembered; None where nothing is."""
         self._follow(self._weights.chunks())
         if self._holds is Holds.NOTHING:
-            return {}
-        names = self._names()
-        moving = [chunk for chunk in self._chunks if chunk not in self._still]
-        weights = {names[id(p)]: self._kept[p] for chunk in moving for p in chunk.owners}
+            return None
+        moving = (p for chunk in self._chunks if chunk not in self._still for p in chunk.owners)
         lrs = [self._lrs.get(id(group), 0.0) for group in self._weights.groups()]
-        return {
-            "holds": self._holds.value,
-            "lrs": [float(lr) if isinstance(lr, Tensor) else lr for lr in lrs],
-            "weights": weights,
-            "still": sorted(set(names.values()) - set(weights)),
-        }
+        return Memory(self._holds, lrs, {p: self._kept[p] for p in moving})
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Refuses what `state_dict` cannot have given.
-
-        Raises:
-            ValueError: the state is incomplete, belongs to other parameters, or holds what it cannot have been.
-        """
-        if not self.takes(state):
-            return
-        missing = sorted(_KEYS - set(state))
-        if missing:
-            raise ValueError(f"WeightPredictor: state_dict lacks {missing}")
-        if state["holds"] not in (Holds.PREVIOUS.value, Holds.MOVE.value):
-            raise ValueError(f"WeightPredictor: state_dict has {state['holds']!r} in `holds`")
-        groups = self._weights.groups()
-        _check_rates(state["lrs"], [group.get("lr") for group in groups])
-        weights, still = state["weights"], state.get("still", [])
-        if not isinstance(still, list) or not all(isinstance(name, str) for name in still):
-            raise ValueError(f"WeightPredictor: state_dict has no names of weights in `still`, but {still!r:.80}")
-        places = {f"{g}.{i}" for g, group in enumerate(groups) for i in range(len(group["params"]))}
-        unknown = sorted({*weights, *still} - places)
-        if unknown:
-            raise ValueError(
-                f"WeightPredictor: state_dict names parameters that the optimizer does not have: {unknown[:3]}"
-            )
-        needed = {name: param for name, param, _ in self._remembered()}
-        lacking = [name for name in needed if name not in weights and name not in still]
-        if lacking:
-            raise ValueError(f"WeightPredictor: state_dict lacks the weights {lacking[:3]}")
-        for name in needed.keys() & weights.keys():
-            _check_weight(name, weights[name], needed[name])
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `check_state_dict` has let pass; what is not in it starts anew."""
+    def recall(self, memory: Memory | None) -> None:
+        """Takes up what another `memory()` gave; None begins anew."""
         self._follow(self._weights.chunks())
         self._holds = Holds.NOTHING
         self._still.clear()
-        if not self.takes(state):
+        if memory is None:
             return
-        holds = Holds(state["holds"])
-        for name, param, kept in self._remembered():
-            if name in state["weights"]:
-                kept.copy_(state["weights"][name])
+        for p in {p for chunk in self._chunks for p in chunk.owners}:
+            if p in memory.weights:
+                self._kept[p].copy_(memory.weights[p])
             else:
-                _start_afresh(kept, param, holds)
-        for group, lr in zip(self._weights.groups(), state["lrs"], strict=True):
+                _start_afresh(self._kept[p], self._weights.part(p), memory.holds)
+        for group, lr in zip(self._weights.groups(), memory.lrs, strict=True):
             self._lrs[id(group)] = _like(lr, group.get("lr"))
-        self._holds = holds
-
-    def takes(self, state: Mapping[str, Any]) -> bool:
-        """Whether there is something for this rule in a state, and it is needed."""
-        return bool(_KEYS & set(state)) and any(self._weights.form(group) is None for group in self._weights.groups())
-
-    def _names(self) -> dict[int, str]:
-        """`"<group>.<index>"`, the place in the optimizer, of each parameter under this rule."""
-        return {
-            id(p): f"{g}.{i}"
-            for g, group in enumerate(self._weights.groups())
-            if self._weights.form(group) is None
-            for i, p in enumerate(group["params"])
-        }
-
-    def _remembered(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, weights and kept tensor of each parameter that is remembered."""
-        names = self._names()
-        owners = [p for chunk in self._weights.chunks() if chunk.form is None for p in chunk.owners]
-        return [(names[id(p)], self._weights.part(p), self._weights.kept[p]) for p in owners]
+        self._holds = memory.holds
 
 
 def _start_afresh(kept: Tensor, param: Tensor, holds: Holds) -> None:
@@ -249,33 +205,3 @@ def _change_rate(previous: Tensor, param: Tensor, own: Any, lr: Any) -> None:
         previous.copy_(param)
     else:
         previous.copy_(param - (param - previous) * last_update_scale(1.0, lr, own))
-
-
-def _check_rates(lrs: Any, current: list[Any]) -> None:
-    if not isinstance(lrs, list) or not all(map(_is_learning_rate, lrs)):
-        raise ValueError(f"WeightPredictor: state_dict has no learning rates in `lrs`, but {lrs!r:.80}")
-    if len(lrs) != len(current):
-        raise ValueError(f"WeightPredictor: state_dict has {len(lrs)} parameter groups, the optimizer {len(current)}")
-    if any(lr is None and now is not None for lr, now in zip(lrs, current, strict=True)):
-        raise ValueError(f"WeightPredictor: state_dict lacks learning rates that the optimizer has: {lrs!r:.80}")
-
-
-def _is_learning_rate(lr: Any) -> bool:
-    """Whether a state may have it: a finite number, or None where an optimizer has none."""
-    return lr is None or (type(lr) in (int, float) and abs(lr) <= sys.float_info.max)
-
-
-def _check_weight(name: str, tensor: Tensor, param: Tensor) -> None:
-    if tensor.shape != param.shape:
-        raise ValueError(
-            f"WeightPredictor: weight {name} of state_dict has shape {tuple(tensor.shape)}, the parameter "
-            f"{tuple(param.shape)}"
-        )
-    if tensor.dtype != param.dtype:
-        raise ValueError(
-            f"WeightPredictor: weight {name} of state_dict is of type {tensor.dtype}, the parameter of {param.dtype}"
-        )
-    # What has diverged goes on as it was; but a weight is not finite again that was not so before.
-    infinite = ~torch.isfinite(tensor)
-    if infinite.any() and (infinite & torch.isfinite(param).to(infinite.device)).any():
-        raise ValueError(f"WeightPredictor: weight {name} of state_dict holds NaN or infinity")

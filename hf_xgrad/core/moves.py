@@ -18,8 +18,8 @@ class Move(Protocol):
     @property
     def chunk(self) -> Chunk: ...
 
-    def adder(self) -> Callable[[list[Tensor]], None]:
-        """Reads all that the move is made from, and returns what adds it to a list of weights that hold `w_t`."""
+    def writer(self) -> Callable[[list[Tensor]], None]:
+        """Reads all that the move is made from, and returns what writes `w_hat_t` over tensors that hold `w_t`."""
 
     def tensors(self) -> Sequence[Tensor]:
         """The move, while `chunk.params` are true and the window is open; not to be written to."""
@@ -38,15 +38,15 @@ class ClosedFormMove(NamedTuple):
     scale: float | Tensor
     decay: float | Tensor | None = None
 
-    def adder(self) -> Callable[[list[Tensor]], None]:
+    def writer(self) -> Callable[[list[Tensor]], None]:
         direction = self.direction(self.chunk.params)
 
-        def add(weights: list[Tensor]) -> None:
+        def write(weights: list[Tensor]) -> None:
             direction.add_to_(weights, self.scale)
             if self.decay is not None:
                 torch._foreach_add_(weights, torch._foreach_mul(self.chunk.true, self.decay))
 
-        return add
+        return write
 
     def tensors(self) -> Sequence[Tensor]:
         params = self.chunk.params
@@ -72,31 +72,42 @@ class LastUpdateMove(NamedTuple):
     chunk: Chunk
     scale: float | Tensor | None
 
-    def adder(self) -> Callable[[list[Tensor]], None]:
-        # New tensors in either case, as the kept ones are about to hold w_t.
-        moves = list(torch._foreach_mul(self.chunk.kept, 1)) if self.scale is None else self._new()
-        return lambda weights: torch._foreach_add_(weights, moves)
+    def writer(self) -> Callable[[list[Tensor]], None]:
+        # New tensors in any case, as the kept ones are about to hold w_t.
+        if self.scale is not None and self.chunk.in_place:
+            moves = self._moves(self.scale)
+            return lambda weights: torch._foreach_add_(weights, moves)
+        predicted = (
+            list(torch._foreach_add(self.chunk.params, self.chunk.kept))
+            if self.scale is None
+            else self._predicted(self.scale)
+        )
+        return lambda weights: torch._foreach_copy_(weights, predicted)
 
     def tensors(self) -> Sequence[Tensor]:
         # Within a window the kept tensors hold the move since the first prediction was taken back.
-        return self.chunk.kept if self.chunk.in_place else self._new()
+        return self.chunk.kept if self.scale is None or self.chunk.in_place else self._moves(self.scale)
 
-    def _new(self) -> list[Tensor]:
+    def _moves(self, scale: float | Tensor) -> list[Tensor]:
         """The move as new tensors, rounded to the difference of predicted and true weights.
 
         So rounded it can be had again from those two, and added once more gives the same weights to the bit: of
         `w + (x - w)`, with both operations rounded, that is true for all numbers `w` and `x`.
         """
-        true, previous, scale = self.chunk.params, self.chunk.kept, self.scale
+        moves = self._predicted(scale)
+        torch._foreach_sub_(moves, self.chunk.params)
+        return moves
+
+    def _predicted(self, scale: float | Tensor) -> list[Tensor]:
+        true, previous = self.chunk.params, self.chunk.kept
         if isinstance(scale, Tensor):
             predicted = list(torch._foreach_sub(true, previous))
             torch._foreach_mul_(predicted, scale)
             torch._foreach_add_(predicted, true)
-        else:
-            assert scale is not None
-            predicted = list(torch._foreach_lerp(previous, true, 1 + scale))  # one pass over the weights
-        torch._foreach_sub_(predicted, true)
-        return predicted
+            return predicted
+        return list(
+            torch._foreach_lerp(previous, true, 1 + scale)
+        )  # w_{t-1} + (1 + scale) (w_t - w_{t-1}), in one pass
 
 
 def on_device(value: Any, chunk: Chunk) -> Any:

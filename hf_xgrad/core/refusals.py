@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from hf_xgrad.core.config import XGradConfig
 from hf_xgrad.core.rules import form_of_group
 
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
 
 def refused(what: str, reason: str, way_out: str = "Choose another optimizer") -> ValueError:
     """The error for what cannot be right."""
@@ -109,7 +111,7 @@ def check_optimizer(optimizer: Optimizer, config: XGradConfig) -> None:
     if reason is not None:
         raise refused(type(optimizer).__name__, reason)
     for group in optimizer.param_groups:
-        for p in filter(attrgetter("requires_grad"), group["params"]):
+        for p in filter(_REQUIRES_GRAD, group["params"]):
             check_weight(p)
         form_of_group(optimizer, group, config.rule)
 
@@ -179,8 +181,12 @@ def check_weight(p: Tensor) -> None:
 
 
 def check_model(model: nn.Module | None) -> None:
-    """Raises ValueError for modules that write their own trainable weights in forward."""
-    for name, module in model.named_modules() if model is not None else ():
+    """Raises ValueError for trainable weights that no prediction fits, or that their own module writes in forward."""
+    if model is None:
+        return
+    for p in filter(_REQUIRES_GRAD, model.parameters()):
+        check_weight(p)
+    for name, module in model.named_modules():
         is_embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         if is_embedding and module.max_norm is not None and module.weight.requires_grad:
             raise refused(

@@ -6,20 +6,19 @@ groups, parameters, their memory and type, the optimizer's state, the settings t
 
 from __future__ import annotations
 
-import sys
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter, itemgetter
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from hf_xgrad.core.realised_steps import OwnerT, watch_steps
 from hf_xgrad.core.rules import ClosedForm, Group, State, closed_form_of, form_or_obstacle
 
 # Elements worked on at a time: bounds the temporaries beside the kept weights.
@@ -28,8 +27,6 @@ CHUNK_ELEMENTS = 2**24
 # Read by map(), in C: a steady step has no Python for each parameter.
 _PARAMS = itemgetter("params")
 _FACTS = attrgetter("dtype"), attrgetter("shape"), attrgetter("requires_grad")
-
-OwnerT = TypeVar("OwnerT")
 
 
 @dataclass(eq=False, slots=True)
@@ -88,6 +85,7 @@ class Weights:
         self._registered = None if rule == "last_update" else closed_form_of(type(optimizer))
         self._chunks: list[Chunk] = []
         self._facts: list[Any] | None = None  # what the chunks were made from
+        self._awaits_state = False  # whether a state lacks what it will get in place, which no fact tells
         self._forms: dict[int, ClosedForm | None] = {}  # by the id of the group
         self.kept: dict[Tensor, Tensor] = {}  # of each parameter in the chunks
 
@@ -109,8 +107,10 @@ class Weights:
         """All weights that can be predicted; the same list as before while nothing has changed."""
         facts = self._look()
         if facts is None or facts != self._facts:
-            self._facts = facts
+            self._facts, self._awaits_state = None, False
             self._plan()
+            # Last: should an interrupt end the planning, it is done again.
+            self._facts = None if self._awaits_state else facts
         return self._chunks
 
     def _look(self) -> list[Any] | None:
@@ -132,9 +132,9 @@ class Weights:
         ]
 
     def _plan(self) -> None:
+        chunks: list[Chunk] = []
         kept: dict[Tensor, Tensor] = {}
         seen: set[Tensor] = set()
-        self._chunks = []
         self._forms = {id(group): self.form_or_obstacle(group)[0] for group in self.groups()}
         for group in self.groups():
             form = self._forms[id(group)]
@@ -149,8 +149,8 @@ class Weights:
                 for some in _split(owners, [self.part(p) for p in owners]):
                     chunk = self._chunk(group, form, some)
                     kept.update(zip(chunk.owners, chunk.kept, strict=True))
-                    self._chunks += self._pieces(chunk)
-        self.kept = kept
+                    chunks += self._pieces(chunk)
+        self._chunks, self.kept = chunks, kept
 
     def _is_under_way(self, p: Tensor, form: ClosedForm | None) -> bool:
         # The optimizer's state tells, never the gradient: that is None when a step begins. A frozen weight may still
@@ -163,7 +163,7 @@ class Weights:
         if not state:
             return False
         if any(state.get(name) is None for name in form.needs):
-            self._facts = None  # it will be filled in place, which no fact tells
+            self._awaits_state = True
             return False
         return True
 
@@ -183,18 +183,6 @@ class Weights:
             with torch.inference_mode(False):
                 kept = torch.empty_like(part, requires_grad=False)
         return kept
-
-    def name_of(self, p: Tensor) -> str:
-        """What a message calls a parameter."""
-        named = self.model.named_parameters(remove_duplicate=False) if self.model is not None else ()
-        for name, parameter in named:
-            if parameter is p:
-                return repr(name.replace("_orig_mod.", "").removeprefix("module."))
-        for g, group in enumerate(self.groups()):
-            for i, parameter in enumerate(group["params"]):
-                if parameter is p:
-                    return f"parameter {i} of group {g}"
-        return f"a parameter of shape {tuple(p.shape)}"
 
     # ---- where the weights are ----
 
@@ -241,36 +229,17 @@ class Weights:
     # ---- realised steps ----
 
     def watch_steps(self, owner: OwnerT, before: Callable[[OwnerT], None], after: Callable[[OwnerT], None]) -> None:
-        """Calls `before(owner)` and `after(owner)` around each realised step, as long as `owner` lives.
+        """Calls `before(owner)` and `after(owner)` around each realised step, as long as `owner` lives."""
+        watch_steps(self.optimizer, owner, before, after, lambda: self.ignores_steps)
 
-        Only the optimizer itself knows these: a GradScaler skips some, an accumulating loop calls `step` on a wrapper
-        that does nothing, and neither leaves a trace in a gradient.
-        """
-        reference = weakref.ref(owner)
-        running: list[FrameType] = []  # the call of the step that is being realised, or that raised
-
-        def pre(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            alive = reference()
-            if alive is None or self.ignores_steps:
-                return
-            if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-                raise RuntimeError(
-                    "WeightPredictor: optimizer.step(closure) would run forward and backward on the true weights; run "
-                    "them in predicted() and call optimizer.step() without a closure"
-                )
-            if running and _is_running(running[-1]):
-                return  # within a step: a subclass that calls the step of its base runs the hooks of both
-            before(alive)
-            running[:] = [sys._getframe(1)]
-
-        def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            alive = reference()
-            if alive is not None and running and running[-1] is sys._getframe(1):
-                running.clear()
-                after(alive)
-
-        handles = self.optimizer.register_step_pre_hook(pre), self.optimizer.register_step_post_hook(post)
-        weakref.finalize(owner, _remove_all, handles)
+    @contextmanager
+    def ignoring_steps(self) -> Iterator[None]:
+        """Steps in here count as none."""
+        self.ignores_steps = True
+        try:
+            yield
+        finally:
+            self.ignores_steps = False
 
     def settle(self) -> None:
         """Looks at a step that was taken since, where no hook tells its end."""
@@ -288,17 +257,3 @@ def _split(owners: list[Tensor], parts: list[Tensor]) -> Iterator[list[Tensor]]:
         elements += part.numel()
     if some:
         yield some
-
-
-def _is_running(frame: FrameType) -> bool:
-    """Whether a call has not ended yet; Python refuses to clear the frame of one."""
-    try:
-        frame.clear()
-    except RuntimeError:
-        return True
-    return False
-
-
-def _remove_all(handles: tuple[Any, ...]) -> None:
-    for handle in handles:
-        handle.remove()

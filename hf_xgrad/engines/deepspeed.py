@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_xgrad.core import weights as weights_module
+from hf_xgrad.core.realised_steps import OwnerT
 from hf_xgrad.core.rules import ClosedForm, Group, State
-from hf_xgrad.core.weights import Chunk, OwnerT, Weights
+from hf_xgrad.core.weights import Chunk, Weights
 from hf_xgrad.engines.sharded import process_of_group, sum_over_processes
 from hf_xgrad.engines.zero_layouts import layout_of
 
@@ -56,6 +57,7 @@ class ZeroWeights(Weights):
         self._left_behind = False  # whether compute weights may be predicted ones, restored or not
         self._alone = False  # whether others may be elsewhere
         self._steps_at_predict = 0
+        self._within_step = False
         self._stepping_from: int | None = None  # steps taken before the one that was not looked at yet
         self._after_step: Callable[[], None] = lambda: None
         if self._layout.flat:
@@ -90,6 +92,9 @@ class ZeroWeights(Weights):
         return form, obstacle
 
     def chunks(self) -> list[Chunk]:
+        if self._within_step:
+            # DeepSpeed shows its optimizer one group at a time then.
+            return self._chunks
         self._locate()
         return super().chunks()
 
@@ -164,7 +169,11 @@ class ZeroWeights(Weights):
             taken = self._steps_taken()
             if self._stepping_from != taken:  # else it is another group of the same step
                 self.settle()
-                before(alive)
+                self._within_step = True
+                try:
+                    before(alive)
+                finally:
+                    self._within_step = False
                 self._stepping_from = taken
 
         def after_step() -> None:

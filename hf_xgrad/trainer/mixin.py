@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 from transformers.utils import logging
 
 from hf_xgrad.core.config import ARGUMENTS, XGradConfig
-from hf_xgrad.core.diagnostics import Observer
+from hf_xgrad.core.diagnostics import Observer, describe
 from hf_xgrad.core.moves import Move
 from hf_xgrad.core.refusals import (
     check_deepspeed,
@@ -181,15 +181,17 @@ class XGradMixin(ResumingMixin, PublishingMixin, ExtraOptimizersMixin):
             predictor: WeightPredictor = ZeroPredictor(self.model_wrapped, config)
         else:
             predictor = WeightPredictor(optimizer, config, self.model_wrapped)
-        predictor.watch(_UnpredictedSteps(self))
-        if self.is_world_process_zero():
-            logger.info(f"XGrad: {predictor.describe()}")
+        prediction = predictor.prediction
+        if prediction is not None:
+            prediction.more_observers.append(_UnpredictedSteps(self))
+            if self.is_world_process_zero():
+                logger.info(f"XGrad: {describe(prediction.weights, config)}.")
         return predictor
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's own `log`; a training log also gets `s` and the diagnostics of its step, as `xgrad/...`."""
-        if "loss" in logs and self._predictor is not None:
-            found = {"steps": self._predictor.steps, **self._predictor.diagnostics()}
+        if "loss" in logs and self._predictor is not None and self._predictor.prediction is not None:
+            found = {"steps": self._predictor.prediction.steps, **self._predictor.diagnostics()}
             logs.update({f"xgrad/{name}": value for name, value in found.items()})
         super().log(logs, *args, **kwargs)
 

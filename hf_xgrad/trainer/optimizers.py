@@ -34,7 +34,7 @@ class ExtraOptimizersMixin(_Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's own `create_optimizer`, with the optimizers that XGrad adds to `optim`."""
-        # Not by get_optimizer_cls_and_kwargs, a static method of some trainers and an instance's of others.
+        # Not by get_optimizer_cls_and_kwargs alone, a static method of some trainers and an instance's of others.
         if self.args.optim not in EXTRA_OPTIMIZERS or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer(*args, **kwargs)
         self.optimizer_cls_and_kwargs = extra_optimizer(self.args)
@@ -56,7 +56,7 @@ class ExtraOptimizersMixin(_Trainer):
             ValueError: `optim` is refused, `optim_args` are wrong, or `xgrad_rule="closed_form"` has none.
             ImportError: `optim` needs a library that is not installed.
         """
-        _check_arguments(args, config or XGradConfig.from_args(args), model, Trainer.get_optimizer_cls_and_kwargs)
+        _check_arguments(args, config or XGradConfig.from_args(args), model, optimizer_of)
 
     def _check_optimizer(self, config: XGradConfig) -> None:
         """Refuses the optimizer that the trainer was given, or is to make.
@@ -105,6 +105,13 @@ def _check_closed_form(optimizer_class: Any, kwargs: dict[str, Any], config: XGr
     given = [settings.pop(name) for name in ("params", "model", "optimizer_dict") if name in settings]
     groups = [{**group, "params": [nn.Parameter(torch.zeros(1, 1))]} for group in (given[-1] if given else [{}])]
     check_optimizer(optimizer_class(groups, **settings), config)
+
+
+def optimizer_of(args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    """The Trainer's own `get_optimizer_cls_and_kwargs`, with the optimizers that XGrad adds to `optim`."""
+    return (
+        extra_optimizer(args) if args.optim in EXTRA_OPTIMIZERS else Trainer.get_optimizer_cls_and_kwargs(args, model)
+    )
 
 
 def extra_optimizer(args: TrainingArguments) -> tuple[type, dict[str, Any]]:

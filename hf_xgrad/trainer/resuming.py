@@ -109,7 +109,9 @@ class ResumingMixin(_Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         predictor = self._predictor
-        with predictor.ignoring_steps() if predictor is not None else nullcontext():
+        prediction = predictor.prediction if predictor is not None else None
+        # Under FSDP2 the state of an optimizer that has none yet is saved by a step with lr = 0, which counts as none.
+        with prediction.weights.ignoring_steps() if prediction is not None else nullcontext():
             super()._save_optimizer_and_scheduler(output_dir)
         state = predictor.state_dict() if predictor is not None else {}
         process = state.get("process")

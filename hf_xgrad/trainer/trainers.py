@@ -9,6 +9,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from hf_xgrad.core.config import XGradConfig
 from hf_xgrad.trainer.mixin import XGradMixin
+from hf_xgrad.trainer.optimizers import optimizer_of
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
@@ -20,9 +21,13 @@ class XGradTrainer(XGradMixin, Trainer):
     ahead, as suits the optimizer.
     """
 
+    get_optimizer_cls_and_kwargs = staticmethod(optimizer_of)
+
 
 class XGradSeq2SeqTrainer(XGradMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` that trains on predicted weights; see `XGradMixin`."""
+
+    get_optimizer_cls_and_kwargs = staticmethod(optimizer_of)
 
 
 def enable_xgrad(trainer: TrainerT, **settings: Any) -> TrainerT:

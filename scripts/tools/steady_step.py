@@ -3,9 +3,10 @@
     python scripts/tools/steady_step.py --parameters 10 100 500 --json outputs/steady_step.json
 
 The variants of a row alternate in random order in one process: the plain step of a twin optimizer, the step with a
-predictor, and the multi-tensor kernels that a prediction cannot do without. `added` is the difference of two of them
-in the same round, so that whatever else the machine does meets both alike. In the rows named auto it is what
-steps="auto" adds to steps=1.0. Times are microseconds: the median over all rounds, and the quartiles in brackets.
+predictor, and the step with the multi-tensor kernels alone that a prediction cannot do without. `added` and `kernels`
+are differences to the plain step of the same round, so that whatever else the machine does meets all alike. In the
+rows named auto `added` is what steps="auto" adds to steps=1.0. Times are microseconds: the median over all rounds, and
+the quartiles in brackets.
 """
 
 import argparse
@@ -77,10 +78,18 @@ def last_update_kernels(optimizer: Optimizer, kept: list[Tensor]) -> Kernels:
     """Return the kernels of the last-update rule; `kept` holds the weights before the last step."""
     params, _, _ = _lists(optimizer)
 
-    def write(move: tuple[Tensor, ...]) -> None:
-        # Neither s nor the learning rate changes here. So the scale is 1, and no kernel multiplies by it.
+    def predict() -> None:
+        # Neither s nor the learning rate changes here: the scale is 1. Rounded to a difference, the move gives the
+        # same weights to every micro-batch of the window.
+        move = list(torch._foreach_lerp(kept, params, 2.0))
+        torch._foreach_sub_(move, params)
         torch._foreach_copy_(kept, params)
         torch._foreach_add_(params, move)
+
+    def predict_again() -> None:
+        predicted = torch._foreach_add(params, kept)
+        torch._foreach_copy_(kept, params)
+        torch._foreach_copy_(params, predicted)
 
     def restore() -> None:
         # The move is kept, because the later micro-batches of the window need it.
@@ -88,8 +97,7 @@ def last_update_kernels(optimizer: Optimizer, kept: list[Tensor]) -> Kernels:
         torch._foreach_copy_(params, kept)
         torch._foreach_copy_(kept, move)
 
-    first, again = lambda: write(torch._foreach_sub(params, kept)), lambda: write(torch._foreach_mul(kept, 1.0))
-    return Kernels(first, again, restore, lambda: torch._foreach_copy_(kept, params))
+    return Kernels(predict, predict_again, restore, lambda: torch._foreach_copy_(kept, params))
 
 
 def _lists(optimizer: Optimizer) -> tuple[list[Tensor], list[dict[str, Any]], dict[str, Any]]:
@@ -151,7 +159,9 @@ def make_variants(setting: Setting, parameters: int, args: argparse.Namespace) -
     optimizer = twin()
     predict, again, restore, before_step = setting.kernels(optimizer, [p.clone() for p in _lists(optimizer)[0]])
     calls = [predict, restore, *[again, restore] * (args.micro_batches - 1), before_step]
-    return {**variants, "kernels": lambda: [call() for call in calls]}
+    # Within a step, as those of a prediction are: alone in a loop they would find all in the nearest cache.
+    within: list[Call] = [*calls, optimizer.step]
+    return {**variants, "with_kernels": lambda: [call() for call in within]}
 
 
 def nanoseconds(call: Call, times: int, args: argparse.Namespace) -> int:
@@ -188,7 +198,8 @@ def measure(name: str, parameters: int, args: argparse.Namespace) -> dict[str, A
         gc.enable()
     more, less = ("auto", "fixed") if "auto" in variants else ("fixed", "plain")
     rounds["added"] = [a - b for a, b in zip(rounds[more], rounds[less], strict=True)]
-    if "kernels" in variants:
+    if "with_kernels" in variants:
+        rounds["kernels"] = [a - b for a, b in zip(rounds["with_kernels"], rounds["plain"], strict=True)]
         # Ratios within a round: a slow phase of the machine lengthens both times alike.
         rounds["added/kernels"] = [a / b for a, b in zip(rounds["added"], rounds["kernels"], strict=True)]
     row: dict[str, Any] = {"parameters": parameters, "setting": name, "added_to": less}

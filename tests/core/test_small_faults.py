@@ -388,3 +388,19 @@ def test_steps_are_told_by_group_where_groups_choose_theirs(name: str) -> None:
     for told in told_of(name, "auto", 2):
         assert set(told) - {"cosine"} == {"active", "relative_norm", "steps", "steps_0", "steps_1"}
         assert told["steps"] == pytest.approx((told["steps_0"] + told["steps_1"]) / 2)
+
+
+def test_weights_that_are_quantised_for_training_are_refused() -> None:
+    """torchao rounds whatever is written to them, at random."""
+    training = pytest.importorskip("torchao.prototype.quantized_training")
+    from torchao.quantization import quantize_
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    quantize_(model[1], training.int8_weight_only_quantized_training(), filter_fn=lambda *_: True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for settings in ((optimizer, XGradConfig()), (optimizer, XGradConfig(), model)):
+        with pytest.raises(ValueError, match=r"^XGrad: .*Int8Quantized.* is refused: .*xgrad=False"):
+            WeightPredictor(*settings)
+    WeightPredictor(optimizer, XGradConfig(enabled=False), model)
+    model[1].weight.requires_grad_(False)
+    WeightPredictor(torch.optim.AdamW(model[0].parameters()), XGradConfig(), model)

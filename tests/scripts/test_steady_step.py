@@ -46,10 +46,10 @@ def test_the_json_has_the_numbers_and_the_machine(tmp_path: Path) -> None:
     assert all(content["machine"].values())
     sgd, auto = content["results"]
     row = {"parameters", "setting", "added_to", "plain", "fixed", "added"}
-    assert set(sgd) == row | {"kernels", "added/kernels"}
+    assert set(sgd) == row | {"with_kernels", "kernels", "added/kernels"}
     assert set(auto) == row | {"auto"}
     assert (sgd["added_to"], auto["added_to"]) == ("plain", "fixed")
-    for result, variants in ((sgd, ("plain", "fixed", "kernels")), (auto, ("plain", "fixed", "auto"))):
+    for result, variants in ((sgd, ("plain", "fixed", "with_kernels")), (auto, ("plain", "fixed", "auto"))):
         for variant in variants:
             spread = result[variant]
             assert 0 < spread["first_quartile"] <= spread["median"] <= spread["third_quartile"]

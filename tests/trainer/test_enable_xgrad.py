@@ -23,7 +23,6 @@ from hf_xgrad import (
 from small_runs import (
     Regression,
     history,
-    leave_out_what_is_there,
     listening,
     make,
     outcome,
@@ -37,7 +36,6 @@ ADAMW = {"optim": "adamw_torch"}
 
 def plain(folder: Path, cls: type = Trainer, model: nn.Module | None = None, **settings: Any) -> Any:
     """A trainer as others make it, with arguments that know nothing of XGrad."""
-    leave_out_what_is_there()
     given = {key: settings.pop(key) for key in ("optimizers", "xgrad_config") if key in settings}
     defaults = {"lr_scheduler_type": "linear", "warmup_steps": 2, "weight_decay": 0.1, "learning_rate": 0.05}
     args = tiny.arguments(folder, **{**defaults, **ADAMW, **settings})

@@ -21,7 +21,7 @@ from transformers import (
 import hf_xgrad
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradMixin
-from small_runs import history, leave_out_what_is_there, training_logs
+from small_runs import history, training_logs
 
 st = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
 
@@ -132,7 +132,6 @@ def make(
     **settings: Any,
 ) -> Any:
     """The trainer of `method`; with `config` under the mixin."""
-    leave_out_what_is_there()
     model = method.model(folder)
     args = tiny.arguments(
         folder / "run",

@@ -11,7 +11,14 @@ import torch
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import tiny_models as tiny
-from hf_xgrad import XGradMixin, XGradSeq2SeqTrainingArguments, XGradTrainer, XGradTrainingArguments
+from hf_xgrad import (
+    XGradMixin,
+    XGradSeq2SeqTrainer,
+    XGradSeq2SeqTrainingArguments,
+    XGradTrainer,
+    XGradTrainingArguments,
+)
+from hf_xgrad.optim import AdaM3
 from small_runs import CLOSED_FORM, LAST_UPDATE, Regression, history, listening, make, outcome, training_logs
 
 RULES = [
@@ -303,3 +310,12 @@ def test_our_names_train_there_too(tmp_path: Path, base: type, optim: str, name:
     trainer.train()
     assert type(trainer.optimizer.optimizer).__name__ == name
     assert training_logs(trainer)[-1]["xgrad/active"] == 1.0
+
+
+@pytest.mark.parametrize("cls", [XGradTrainer, XGradSeq2SeqTrainer])
+def test_the_optimizer_of_some_arguments_can_be_asked_of_the_class(tmp_path: Path, cls: Any) -> None:
+    """As that of the plain Trainer, with the names that we add."""
+    args = tiny.arguments(tmp_path, XGradTrainingArguments, optim="adamw_torch")
+    assert cls.get_optimizer_cls_and_kwargs(args) == Trainer.get_optimizer_cls_and_kwargs(args)
+    args = tiny.arguments(tmp_path, XGradTrainingArguments, optim="adam3")
+    assert cls.get_optimizer_cls_and_kwargs(args)[0] is AdaM3
