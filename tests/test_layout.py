@@ -69,9 +69,12 @@ LINES_OF_A_CLASS = 200
 # Longer ones, with the length that they had when this was written: they may only shrink.
 LONGER = {"checkpoints.py": 422, "model_card.py": 476, "plots.py": 503}
 
-METHOD = ("config", "rules", "weights", "moves", "ledger", "last_update", "prediction")
-METHOD_FILES = (*(f"core/{name}.py" for name in METHOD), "predictor.py")
+# What a reader of the method opens, and how many lines of code all of it may have; and with the two files in which
+# these parts meet.
+METHOD = (*(f"core/{name}.py" for name in ("config", "rules", "weights", "ledger", "last_update")), "predictor.py")
 LINES_OF_THE_METHOD = 750
+METHOD_AT_WORK = (*METHOD, "core/moves.py", "core/prediction.py")
+LINES_OF_THE_METHOD_AT_WORK = 800
 
 
 # ---- imports ----
@@ -137,7 +140,7 @@ OF_LAYERS = [file for file in FILES if file != "__init__.py"]
 
 def test_every_file_has_a_layer() -> None:
     assert {layer_of(file) for file in OF_LAYERS} == set(LAYERS)
-    assert {*LIBRARIES_OF, *WITHIN_FUNCTIONS, *LONGER, *METHOD_FILES} <= set(FILES)
+    assert {*LIBRARIES_OF, *WITHIN_FUNCTIONS, *LONGER, *METHOD_AT_WORK} <= set(FILES)
     assert modules().keys() >= NEED_DEEPSPEED
 
 
@@ -265,6 +268,9 @@ class A:
     assert lines_of_code(text) == 8
 
 
-def test_the_method_is_small() -> None:
-    counts = {file: lines_of_code((PACKAGE / file).read_text(encoding="utf-8")) for file in METHOD_FILES}
-    assert sum(counts.values()) <= LINES_OF_THE_METHOD, counts
+@pytest.mark.parametrize(
+    ("files", "bound"), [(METHOD, LINES_OF_THE_METHOD), (METHOD_AT_WORK, LINES_OF_THE_METHOD_AT_WORK)]
+)
+def test_the_method_is_small(files: tuple[str, ...], bound: int) -> None:
+    counts = {file: lines_of_code((PACKAGE / file).read_text(encoding="utf-8")) for file in files}
+    assert sum(counts.values()) <= bound, counts

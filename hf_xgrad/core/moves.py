@@ -105,9 +105,8 @@ class LastUpdateMove(NamedTuple):
             torch._foreach_mul_(predicted, scale)
             torch._foreach_add_(predicted, true)
             return predicted
-        return list(
-            torch._foreach_lerp(previous, true, 1 + scale)
-        )  # w_{t-1} + (1 + scale) (w_t - w_{t-1}), in one pass
+        # w_{t-1} + (1 + scale) (w_t - w_{t-1}), in one pass
+        return list(torch._foreach_lerp(previous, true, 1 + scale))
 
 
 def on_device(value: Any, chunk: Chunk) -> Any:
