@@ -3,13 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_xgrad import closed_forms as closed_forms
-from hf_xgrad import optim as optim
-from hf_xgrad.core.config import XGradConfig
-from hf_xgrad.core.rules import register_rule
-from hf_xgrad.predictor import WeightPredictor
-
 if TYPE_CHECKING:
+    from hf_xgrad import optim as optim
+    from hf_xgrad.core.config import XGradConfig
+    from hf_xgrad.core.rules import register_rule
+    from hf_xgrad.predictor import WeightPredictor
     from hf_xgrad.trainer import (
         XGradMixin,
         XGradSeq2SeqTrainer,
@@ -33,12 +31,16 @@ __all__ = [
     "register_rule",
 ]
 
+_MODULES = {"WeightPredictor": "predictor", "XGradConfig": "core.config", "register_rule": "core.rules"}
+
 
 def __getattr__(name: str) -> Any:
-    # What needs Transformers comes when it is asked for: `python -m hf_xgrad` need not wait for that.
+    # torch and Transformers come when they are asked for: the command line need not wait for them to print its help.
     if name in __all__:
-        value = globals()[name] = getattr(import_module(f"{__name__}.trainer"), name)
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'trainer')}"), name)
         return value
+    if name == "optim":
+        return import_module(f"{__name__}.optim")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

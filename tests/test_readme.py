@@ -14,7 +14,7 @@ from transformers import Trainer
 
 import hf_xgrad
 from hf_xgrad.trainer.arguments import EXTRA_OPTIMIZERS
-from script_arguments import ScriptParser
+from hf_xgrad.recipes.arguments import ScriptParser
 from tiny_models import Sentences, arguments, bert
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_xgrad.checkpoints import (
+from hf_xgrad.outputs.checkpoints import (
     INCOMPLETE_NAME,
     begin_writing,
     checkpoint_to_resume,

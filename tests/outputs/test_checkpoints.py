@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save
 from torch import distributed as dist
 from transformers import Trainer, TrainerCallback
 
-import hf_xgrad.checkpoints as checkpoints
-import run_clm
-import run_clm_no_trainer
+import hf_xgrad.outputs.checkpoints as checkpoints
+from hf_xgrad.recipes.language import clm as run_clm
+from hf_xgrad.recipes.loop import clm as run_clm_no_trainer
 import tiny_models as tiny
 from hf_xgrad import XGradMixin, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.checkpoints import CheckpointError, fault, last_checkpoint
+from hf_xgrad.outputs.checkpoints import CheckpointError, fault, last_checkpoint
 from run_files import write_texts
-from run_results import RESUMED
+from hf_xgrad.recipes.results import RESUMED
 
 RULE = {"optim": "adamw_torch", "xgrad_rule": "last_update", "xgrad_steps": "auto"}
 STEPS = 6

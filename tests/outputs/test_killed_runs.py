@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import killed_runs
 import run_files
-from hf_xgrad.checkpoints import last_checkpoint
+from hf_xgrad.outputs.checkpoints import last_checkpoint
 from killed_runs import OPTIMIZERS, PRECISIONS, STEPS, WITHOUT_FILE, WITNESS, SetUp, Signal
 
 LIMIT = 120  # seconds that a run may take on a slow machine

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.model_card import (
+from hf_xgrad.outputs.model_card import (
     CARD_NAME,
     PICTURE_NAME,
     TAGS,

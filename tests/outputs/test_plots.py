@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-import training_runs
+from hf_xgrad.recipes import runs as training_runs
 from hf_xgrad import XGradTrainer, XGradTrainingArguments, plots
 from hf_xgrad import __main__ as command_line
-from hf_xgrad.plots import STYLES, PlotError, group_runs, plot_folders, plot_runs, read_run
+from hf_xgrad.outputs.plots import STYLES, PlotError, group_runs, plot_folders, plot_runs, read_run
 from tiny_models import Sentences, arguments, bert
 
 ROOT = Path(plots.__file__).resolve().parent.parent

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from class_labels import Labels, find_labels, labels_of_model
-from script_arguments import InputError
+from hf_xgrad.recipes.classification.labels import Labels, find_labels, labels_of_model
+from hf_xgrad.recipes.arguments import InputError
 
 PAIR = Labels(("not_equivalent", "equivalent"), numbered=True)
 

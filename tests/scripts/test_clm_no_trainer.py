@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-import run_clm
-import run_clm_no_trainer
+from hf_xgrad.recipes.language import clm as run_clm
+from hf_xgrad.recipes.loop import clm as run_clm_no_trainer
 from hf_xgrad import WeightPredictor
 from run_files import history, read, same_weights, untimed, write_texts
 

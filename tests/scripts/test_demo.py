@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import demo
+from hf_xgrad.recipes import demo
 
 SHORT = ("--max_steps", "4", "--disable_tqdm", "true", "--use_cpu")
 

@@ -6,7 +6,7 @@ import evaluate
 import numpy as np
 import pytest
 
-from glue_tasks import CLASS_SCORES, REGRESSION_SCORES, TASKS, TextMetric
+from hf_xgrad.recipes.classification.tasks import CLASS_SCORES, REGRESSION_SCORES, TASKS, TextMetric
 
 NAMES = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from language_batches import IGNORED, CausalCollator, MaskingCollator
-from language_data import NO_WORD
+from hf_xgrad.recipes.language.batches import IGNORED, CausalCollator, MaskingCollator
+from hf_xgrad.recipes.language.data import NO_WORD
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[END]"]
 PAD, CLS, SEP, MASK, END = range(5)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import python_documentation
-from python_documentation import load_texts
-from script_arguments import InputError
+from hf_xgrad.recipes.corpora import python_documentation
+from hf_xgrad.recipes.corpora.python_documentation import load_texts
+from hf_xgrad.recipes.arguments import InputError
 
 SCRIPTS = str(Path(python_documentation.__file__).parent)
 

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, PreTrainedTokenizerFast
 
-import glue_data
-import run_glue
-import text_datasets
-from acceptability import make_config, make_rows, make_tokenizer, write_rows
-from glue_tasks import TASKS
+from hf_xgrad.recipes.classification import data as glue_data
+from hf_xgrad.recipes.classification import glue as run_glue
+from hf_xgrad.recipes.corpora import files as text_datasets
+from hf_xgrad.recipes.corpora.acceptability import make_config, make_rows, make_tokenizer, write_rows
+from hf_xgrad.recipes.classification.tasks import TASKS
 from hf_xgrad import XGradTrainer
 from run_files import with_hub
 

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from run_results import (
+from hf_xgrad.recipes.results import (
     compare,
     format_comparison,
     format_table,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_xgrad import XGradTrainingArguments
-from script_arguments import InputError, ScriptParser, one_line, run_script
+from hf_xgrad.recipes.arguments import InputError, ScriptParser, one_line, run_script
 
 
 @dataclasses.dataclass

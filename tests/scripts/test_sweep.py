@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import language_modeling
-import run_clm
-import run_glue
-import sweep
-from sweep import Point
+from hf_xgrad.recipes.language import modeling as language_modeling
+from hf_xgrad.recipes.language import clm as run_clm
+from hf_xgrad.recipes.classification import glue as run_glue
+from hf_xgrad.recipes import sweep
+from hf_xgrad.recipes.sweep import Point
 
 LOSSES = {
     (rate, steps, seed): 2 + rate * 10 - (0.1 * seed - 0.2) * steps

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-import text_datasets
-from script_arguments import InputError
-from text_datasets import Table, read_file, read_hub, split_table
+from hf_xgrad.recipes.corpora import files as text_datasets
+from hf_xgrad.recipes.arguments import InputError
+from hf_xgrad.recipes.corpora.files import Table, read_file, read_hub, split_table
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

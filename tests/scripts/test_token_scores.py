@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from language_batches import IGNORED
-from token_scores import TokenScores, mean_loss, score_rows
+from hf_xgrad.recipes.language.batches import IGNORED
+from hf_xgrad.recipes.language.scores import TokenScores, mean_loss, score_rows
 
 ROWS, WIDTH, VOCABULARY = 7, 9, 11
 

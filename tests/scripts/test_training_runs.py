@@ -12,12 +12,12 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.errors import HTTPError
 
-import language_modeling
-import run_clm
-import run_clm_no_trainer
-from hf_xgrad import hub
+from hf_xgrad.recipes.language import modeling as language_modeling
+from hf_xgrad.recipes.language import clm as run_clm
+from hf_xgrad.recipes.loop import clm as run_clm_no_trainer
+from hf_xgrad.outputs import hub
 from run_files import history, read, same_weights, with_hub, write_texts
-from run_results import write_json
+from hf_xgrad.recipes.results import write_json
 
 MODEL = ("--model_type", "gpt2", "--new_tokenizer_size", "270", "--block_size", "13", "--config_overrides",
          "n_embd=16,n_layer=1,n_head=2,n_positions=16,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0")  # fmt: skip

@@ -31,7 +31,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 import tiny_models as tiny
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
-from hf_xgrad.checkpoints import last_checkpoint
+from hf_xgrad.outputs.checkpoints import last_checkpoint
 from inside import predictor_of
 
 STEPS_PER_EPOCH = 3

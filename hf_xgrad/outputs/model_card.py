@@ -26,7 +26,7 @@ from hf_xgrad import __version__
 from hf_xgrad.core.config import XGradConfig
 from hf_xgrad.core.refusals import unwrap_optimizer
 from hf_xgrad.core.rules import form_of_group
-from hf_xgrad.plots import PlotError, plot_runs
+from hf_xgrad.outputs.plots import PlotError, plot_runs
 
 logger = logging.get_logger(__name__)
 

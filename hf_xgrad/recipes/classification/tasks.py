@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from class_labels import Labels
+from hf_xgrad.recipes.classification.labels import Labels
 
 HUB_NAME = "nyu-mll/glue"
 

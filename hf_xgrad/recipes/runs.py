@@ -21,12 +21,12 @@ from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.checkpoints import fault, last_checkpoint
-from hf_xgrad.hub import PUSH_ERRORS, push, push_again, push_command
-from hf_xgrad.model_card import add_comparison
-from loop_arguments import Optim, make_optimizer, make_schedule
-from run_results import RESUMED, compare, format_comparison, read_json, read_log, write_comparison, write_json
-from script_arguments import InputError, RunArguments, ScriptParser, as_input_error, check_positive, one_line
+from hf_xgrad.outputs.checkpoints import fault, last_checkpoint
+from hf_xgrad.outputs.hub import PUSH_ERRORS, push, push_again, push_command
+from hf_xgrad.outputs.model_card import add_comparison
+from hf_xgrad.recipes.loop.arguments import Optim, make_optimizer, make_schedule
+from hf_xgrad.recipes.results import RESUMED, compare, format_comparison, read_json, read_log, write_comparison, write_json
+from hf_xgrad.recipes.arguments import InputError, RunArguments, ScriptParser, as_input_error, check_positive, one_line
 
 STATE_FILE = "trainer_state.json"
 SETTINGS_FILE = "xgrad_settings.json"

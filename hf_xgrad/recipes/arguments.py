@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from hf_xgrad.checkpoints import CheckpointError
+from hf_xgrad.outputs.checkpoints import CheckpointError
 
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 

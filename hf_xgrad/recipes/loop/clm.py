@@ -19,17 +19,17 @@ from accelerate import Accelerator
 from transformers import set_seed
 from transformers.trainer_utils import speed_metrics
 
-from accelerate_loop import Batch, make_accelerator, make_loader, train
-from language_batches import IGNORED
-from language_modeling import Prepared, check_data, describe_for_card, make_language_model, parse_flags, prepare
-from language_models import LanguageModelArguments
-from loop_arguments import LoopArguments
-from loop_results import make_repository, record, save_model, write_card
-from run_clm import CAUSAL, CausalDataArguments, SampleArguments, write_sample
-from run_results import first_logged, read_log
-from script_arguments import InputError, RunArguments, ScriptParser, run_script
-from token_scores import TokenScores, mean_loss, score_rows
-from training_runs import check_run, do_runs, plan_runs, set_up_logging
+from hf_xgrad.recipes.loop.training import Batch, make_accelerator, make_loader, train
+from hf_xgrad.recipes.language.batches import IGNORED
+from hf_xgrad.recipes.language.modeling import Prepared, check_data, describe_for_card, make_language_model, parse_flags, prepare
+from hf_xgrad.recipes.language.models import LanguageModelArguments
+from hf_xgrad.recipes.loop.arguments import LoopArguments
+from hf_xgrad.recipes.loop.results import make_repository, record, save_model, write_card
+from hf_xgrad.recipes.language.clm import CAUSAL, CausalDataArguments, SampleArguments, write_sample
+from hf_xgrad.recipes.results import first_logged, read_log
+from hf_xgrad.recipes.arguments import InputError, RunArguments, ScriptParser, run_script
+from hf_xgrad.recipes.language.scores import TokenScores, mean_loss, score_rows
+from hf_xgrad.recipes.runs import check_run, do_runs, plan_runs, set_up_logging
 
 PROG = "run_clm_no_trainer.py"
 

@@ -12,11 +12,11 @@ from huggingface_hub import HfApi, ModelCardData
 from torch import nn
 
 from hf_xgrad import XGradConfig
-from hf_xgrad.hub import HUB_ERRORS
-from hf_xgrad.model_card import CARD_NAME, TrainedModel, complete_card, is_hub_id
-from loop_arguments import LoopArguments, make_optimizer
-from run_results import format_table, read_json, read_log, write_json
-from script_arguments import as_input_error
+from hf_xgrad.outputs.hub import HUB_ERRORS
+from hf_xgrad.outputs.model_card import CARD_NAME, TrainedModel, complete_card, is_hub_id
+from hf_xgrad.recipes.loop.arguments import LoopArguments, make_optimizer
+from hf_xgrad.recipes.results import format_table, read_json, read_log, write_json
+from hf_xgrad.recipes.arguments import as_input_error
 
 logger = logging.getLogger(__name__)
 

@@ -21,13 +21,13 @@ from accelerate import Accelerator
 from transformers import EvalPrediction, set_seed
 from transformers.trainer_utils import speed_metrics
 
-from accelerate_loop import make_accelerator, make_loader, train
-from glue_data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
-from loop_arguments import LoopArguments
-from loop_results import make_repository, record, save_model, write_card
-from pretrained import load_config
-from script_arguments import ModelArguments, RunArguments, ScriptParser, run_script
-from sequence_classification import (
+from hf_xgrad.recipes.loop.training import make_accelerator, make_loader, train
+from hf_xgrad.recipes.classification.data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
+from hf_xgrad.recipes.loop.arguments import LoopArguments
+from hf_xgrad.recipes.loop.results import make_repository, record, save_model, write_card
+from hf_xgrad.recipes.pretrained import load_config
+from hf_xgrad.recipes.arguments import ModelArguments, RunArguments, ScriptParser, run_script
+from hf_xgrad.recipes.classification.classifier import (
     check_wanted,
     describe_for_card,
     make_classifier,
@@ -36,7 +36,7 @@ from sequence_classification import (
     tokenize,
     write_classes_or_scores,
 )
-from training_runs import check_run, do_runs, plan_runs, set_up_logging
+from hf_xgrad.recipes.runs import check_run, do_runs, plan_runs, set_up_logging
 
 PROG = "run_glue_no_trainer.py"
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from script_arguments import InputError
+from hf_xgrad.recipes.arguments import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from language_data import NO_WORD, TextData
+from hf_xgrad.recipes.language.data import NO_WORD, TextData
 
 # What the losses of Transformers and torch pass over.
 IGNORED = -100

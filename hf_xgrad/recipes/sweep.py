@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from hf_xgrad import XGradConfig
 from hf_xgrad.core.config import AUTO_STEPS
-from hf_xgrad.plots import STYLES, new_figure
-from run_results import format_table, read_json, steps_text, write_json
-from script_arguments import CONFIG_SUFFIXES, InputError, describe_choices, read_config_file, run_script
+from hf_xgrad.outputs.plots import STYLES, new_figure
+from hf_xgrad.recipes.results import format_table, read_json, steps_text, write_json
+from hf_xgrad.recipes.arguments import CONFIG_SUFFIXES, InputError, describe_choices, read_config_file, run_script
 
 PROG = "sweep.py"
 SCRIPTS = ("run_clm.py", "run_mlm.py", "run_glue.py")

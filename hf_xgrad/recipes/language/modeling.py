@@ -17,8 +17,8 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
-from hf_xgrad.hub import HUB_ERRORS
-from language_data import (
+from hf_xgrad.outputs.hub import HUB_ERRORS
+from hf_xgrad.recipes.language.data import (
     DATA_SOURCES,
     BlockCutter,
     LanguageDataArguments,
@@ -29,7 +29,7 @@ from language_data import (
     special_tokens,
     texts_from,
 )
-from language_models import (
+from hf_xgrad.recipes.language.models import (
     MODEL_SOURCES,
     LanguageModelArguments,
     block_size,
@@ -39,11 +39,11 @@ from language_models import (
     make_model,
     make_tokenizer,
 )
-from python_documentation import load_texts
-from run_results import first_logged
-from script_arguments import InputError, RunArguments, ScriptParser, as_input_error
-from token_scores import TokenScores, mean_loss, score_rows
-from training_runs import (
+from hf_xgrad.recipes.corpora.python_documentation import load_texts
+from hf_xgrad.recipes.results import first_logged
+from hf_xgrad.recipes.arguments import InputError, RunArguments, ScriptParser, as_input_error
+from hf_xgrad.recipes.language.scores import TokenScores, mean_loss, score_rows
+from hf_xgrad.recipes.runs import (
     check_optimizer_flags,
     check_run,
     do_runs,

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from hf_xgrad import XGradTrainingArguments
-from language_batches import MaskingCollator
-from language_data import BlockCutter, LanguageDataArguments
-from language_modeling import EMBEDDED_TRAINING, Objective, run_language_model
-from script_arguments import run_script
+from hf_xgrad.recipes.language.batches import MaskingCollator
+from hf_xgrad.recipes.language.data import BlockCutter, LanguageDataArguments
+from hf_xgrad.recipes.language.modeling import EMBEDDED_TRAINING, Objective, run_language_model
+from hf_xgrad.recipes.arguments import run_script
 
 PROG = "run_mlm.py"
 

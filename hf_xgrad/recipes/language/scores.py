@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from language_batches import IGNORED
+from hf_xgrad.recipes.language.batches import IGNORED
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from run_results import format_table
-from script_arguments import ScriptParser, run_script
+from hf_xgrad.recipes.results import format_table
+from hf_xgrad.recipes.arguments import ScriptParser, run_script
 
 PROG = "scaling.py"
 

@@ -16,10 +16,10 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 
-from language_batches import CausalCollator
-from language_data import BlockCutter, LanguageDataArguments
-from language_modeling import EMBEDDED_TRAINING, Objective, run_language_model, sample_text
-from script_arguments import check_positive, run_script
+from hf_xgrad.recipes.language.batches import CausalCollator
+from hf_xgrad.recipes.language.data import BlockCutter, LanguageDataArguments
+from hf_xgrad.recipes.language.modeling import EMBEDDED_TRAINING, Objective, run_language_model, sample_text
+from hf_xgrad.recipes.arguments import check_positive, run_script
 
 PROG = "run_clm.py"
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from glue_data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
+from hf_xgrad.recipes.classification.data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
-from hf_xgrad.hub import HUB_ERRORS
-from pretrained import load_config
-from script_arguments import InputError, ModelArguments, RunArguments, ScriptParser, as_input_error, run_script
-from sequence_classification import (
+from hf_xgrad.outputs.hub import HUB_ERRORS
+from hf_xgrad.recipes.pretrained import load_config
+from hf_xgrad.recipes.arguments import InputError, ModelArguments, RunArguments, ScriptParser, as_input_error, run_script
+from hf_xgrad.recipes.classification.classifier import (
     check_wanted,
     describe_for_card,
     make_classifier,
@@ -27,7 +27,7 @@ from sequence_classification import (
     tokenize,
     write_classes_or_scores,
 )
-from training_runs import (
+from hf_xgrad.recipes.runs import (
     check_optimizer_flags,
     check_run,
     do_runs,

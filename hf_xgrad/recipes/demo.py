@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-import run_glue
-from acceptability import LABEL_NAMES, write_data_set
-from glue_tasks import TextMetric
-from hf_xgrad.plots import plot_runs
-from run_results import format_table, last_logged, read_json, read_log
-from script_arguments import InputError, run_script
-from text_datasets import read_file
-from training_runs import baseline_folder
+from hf_xgrad.recipes.classification import glue as run_glue
+from hf_xgrad.recipes.corpora.acceptability import LABEL_NAMES, write_data_set
+from hf_xgrad.recipes.classification.tasks import TextMetric
+from hf_xgrad.outputs.plots import plot_runs
+from hf_xgrad.recipes.results import format_table, last_logged, read_json, read_log
+from hf_xgrad.recipes.arguments import InputError, run_script
+from hf_xgrad.recipes.corpora.files import read_file
+from hf_xgrad.recipes.runs import baseline_folder
 
 PROG = "demo.py"
 # Written first into the output folder: a folder that has it is a demonstration's, finished or not, and is replaced.

@@ -17,7 +17,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from hf_xgrad.plots import PlotError, plot_folders
+from hf_xgrad.outputs.plots import PlotError, plot_folders
 
 Row = dict[str, str]
 
@@ -191,7 +191,7 @@ def plot(arguments: argparse.Namespace) -> None:
 
 
 def push(arguments: argparse.Namespace) -> None:
-    from hf_xgrad.hub import PUSH_ERRORS, push, push_again, push_command
+    from hf_xgrad.outputs.hub import PUSH_ERRORS, push, push_again, push_command
 
     target = {name: getattr(arguments, name) for name in ("hub_model_id", "private", "revision")}
     try:
