@@ -115,7 +115,7 @@ class Weights:
 
     def _look(self) -> list[Any] | None:
         """What the plan depends on; None where it cannot be kept, as something is still to come."""
-        groups, state, form = self.groups(), self.optimizer.state, self._registered
+        groups, form = self.groups(), self._registered
         params = list(chain.from_iterable(map(_PARAMS, groups)))
         if UninitializedParameter in map(type, params):
             return None
@@ -125,11 +125,18 @@ class Weights:
             list(map(id, params)),
             self.addresses(params),
             *(list(map(fact, params)) for fact in _FACTS),
-            [form.obstacle(self.optimizer, group) for group in groups] if form is not None else [],
-            id(state),
-            list(map(id, state.values())),
-            list(map(len, state.values())),
+            *([] if form is None else self._facts_of_state(form)),
         ]
+
+    def _facts_of_state(self, form: ClosedForm) -> list[Any]:
+        states: list[Any] = list(self.optimizer.state.values())
+        try:
+            sizes = list(map(len, states))
+        except TypeError:  # some optimizers keep a count of all their steps beside the states of their parameters
+            states = [state for state in states if isinstance(state, dict)]
+            sizes = list(map(len, states))
+        obstacles = [form.obstacle(self.optimizer, group) for group in self.groups()]
+        return [obstacles, id(self.optimizer.state), list(map(id, states)), sizes]
 
     def _plan(self) -> None:
         chunks: list[Chunk] = []

@@ -44,6 +44,25 @@ def values(n: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+# ---- states beside those of the parameters ----
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_optimizer_may_keep_numbers_beside_the_states_of_its_parameters(name: str) -> None:
+    """SPAM of pytorch-optimizer counts all its steps so: the plan of the chunks asked the count for its length."""
+    seen = []
+    for counted in (False, True):
+        params = [nn.Parameter(values(4, 0))]
+        optimizer = MAKERS[name](params)
+        predictor = WeightPredictor(optimizer, XGradConfig(steps=1.0))
+        for step in range(4):
+            if counted:
+                optimizer.state["total"] = 1000 * step  # type: ignore[index]
+            seen.append(forward(predictor, params, lambda w: 2 * w))
+            optimizer.step()
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(seen[:4], seen[4:], strict=True))
+
+
 # ---- AdaM3 ----
 
 

@@ -113,7 +113,7 @@ OTHER = {
     "per_device_train_batch_size": ("2", "4", "2"),
     "gradient_accumulation_steps": ("2", "1", "2"),
     "bf16": ("true", "False", "True"),
-    "xgrad_steps": ("2", "1.0", "2.0"),
+    "xgrad_steps": ("2", "default", "2.0"),
     "block_size": ("12", "13", "12"),
     "max_train_samples": ("9", "None", "9"),
     "lora_rank": ("4", "8", "4"),

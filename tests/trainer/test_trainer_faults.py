@@ -473,7 +473,7 @@ def test_a_skipped_step_changes_nothing(tmp_path: Path, rule: Any, accumulation:
 def test_the_scaler_goes_through_what_it_does_under_the_plain_trainer(tmp_path: Path, optim: str) -> None:
     """Which steps are skipped, every scale and every learning rate; and with s = 0 all weights, too."""
     runs = []
-    for cls, settings in ((ScaledPlain, {}), (Scaled, {"xgrad_steps": 0}), (Scaled, {})):
+    for cls, settings in ((ScaledPlain, {}), (Scaled, {"xgrad_steps": 0}), (Scaled, {"xgrad_steps": 1.0})):
         trainer = scaled(tmp_path, (1, 3, 4), cls, optim=optim, **settings)
         steps = Steps(trainer)
         trainer.train()
