@@ -1,10 +1,12 @@
-"""`python -m hf_xgrad`: which optimizers work, what a bug report needs, pictures of runs, and pushing them."""
+"""The command `hf-xgrad`, which `python -m hf_xgrad` is, too: training, pictures of runs, pushing them, and facts.
+
+Nothing heavy is imported before a command needs it, so that `hf-xgrad --help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import platform
@@ -13,11 +15,12 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata, resources
+from importlib import import_module, metadata, resources
 from pathlib import Path
 from typing import Any
 
-from hf_xgrad.outputs.plots import PlotError, plot_folders
+from hf_xgrad import __version__
+from hf_xgrad.recipes.input_errors import InputError, describe_choices, run_script
 
 Row = dict[str, str]
 
@@ -37,10 +40,6 @@ _VARIABLES = (
     *("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ENABLE_MPS_FALLBACK", "RANK"),
     *("TOKENIZERS_PARALLELISM", "TORCH_COMPILE_DISABLE", "TRANSFORMERS_OFFLINE", "WORLD_SIZE"),
 )
-
-
-class InputError(ValueError):
-    """What was asked for cannot be done; the text is one line that says what can."""
 
 
 # ---- optimizers ----
@@ -70,9 +69,8 @@ def chosen(rows: list[Row], names: list[str] | None, text: str | None) -> list[R
         known = {row["name"] for row in rows if row["source"] == OPTIM}
         for name in names:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=3)
-                hint = f" Did you mean {' or '.join(close)}?" if close else ""
-                raise InputError(f"--optim {name}: no such name.{hint} `optimizers` without --optim lists all.")
+                close = describe_choices(name, sorted(known))
+                raise InputError(f"--optim {name}: no such name{close}; `optimizers` without --optim lists all")
         rows = [row for row in rows if row["source"] == OPTIM and row["name"] in names]
     if text is not None:
         rows = [row for row in rows if text.lower() in " ".join(row.values()).lower()]
@@ -139,7 +137,7 @@ def environment() -> dict[str, Any]:
     """What a bug report needs; nothing that names the user, a folder or a secret."""
     import torch
 
-    from hf_xgrad import XGradConfig, __version__
+    from hf_xgrad import XGradConfig
 
     cuda = torch.cuda.is_available()
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
@@ -180,6 +178,8 @@ def env(arguments: argparse.Namespace) -> None:
 
 
 def plot(arguments: argparse.Namespace) -> None:
+    from hf_xgrad.outputs.plots import PlotError, plot_folders
+
     try:
         plot_folders(arguments.runs, arguments.output, arguments.metric)
     except (ImportError, PlotError) as error:
@@ -205,23 +205,32 @@ def push(arguments: argparse.Namespace) -> None:
 
 # ---- the command line ----
 
+# Each has its own flags and its own --help; the text says what it does.
+RECIPES = {
+    "glue": ("classification.glue", "Fine-tune on a GLUE task, or on other texts with labels."),
+    "clm": ("language.clm", "Fine-tune a causal language model, or pretrain a new one."),
+    "mlm": ("language.mlm", "Fine-tune a masked language model, or pretrain a new one."),
+    "glue-loop": ("loop.glue", "As glue, in a loop without the Trainer."),
+    "clm-loop": ("loop.clm", "As clm, in a loop without the Trainer."),
+    "sweep": ("sweep", "Run one of them for several s, learning rates and seeds, and compare."),
+    "demo": ("demo", "Train a small model with XGrad and without, and show both side by side."),
+}
+
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m hf_xgrad", description="XGrad weight prediction.")
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    top = argparse.ArgumentParser(
+        prog="hf-xgrad", description="XGrad weight prediction. `hf-xgrad COMMAND --help` lists the flags of a command."
+    )
+    top.add_argument("--version", action="version", version=f"hf_xgrad {__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, (_, text) in RECIPES.items():
+        commands.add_parser(name, help=text, add_help=False)
 
     def command(run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__, help=text, description=text)
         added.set_defaults(run=run)
         return added
 
-    table = command(optimizers, "Print which optimizers work, by which rule, and which are refused and why.")
-    which = table.add_mutually_exclusive_group()
-    which.add_argument("text", nargs="?", help="only the rows with this text in them")
-    which.add_argument("--optim", nargs="+", metavar="NAME", help="only these names of --optim")
-    facts = command(env, "Print what a bug report needs: versions, devices, settings.")
-    for printed in (table, facts):
-        printed.add_argument("--json", action="store_true", help="print JSON")
     picture = command(plot, "Draw runs over their steps: losses or another metric, and what XGrad measured.")
     picture.add_argument(
         "runs",
@@ -247,20 +256,35 @@ def parser() -> argparse.ArgumentParser:
     pushed.add_argument("--hub_model_id", metavar="ID", help="repository (default: yours, of the folder's name)")
     pushed.add_argument("--private", action="store_true", default=None, help="if it has to be made, make it private")
     pushed.add_argument("--revision", metavar="BRANCH", help="(default: the main branch)")
+    table = command(optimizers, "Print which optimizers work, by which rule, and which are refused and why.")
+    which = table.add_mutually_exclusive_group()
+    which.add_argument("text", nargs="?", help="only the rows with this text in them")
+    which.add_argument("--optim", nargs="+", metavar="NAME", help="only these names of --optim")
+    facts = command(env, "Print what a bug report needs: versions, devices, settings.")
+    for printed in (table, facts):
+        printed.add_argument("--json", action="store_true", help="print JSON")
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parsed = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in RECIPES:
+        module = import_module(f"hf_xgrad.recipes.{RECIPES[words[0]][0]}")
+        return module.main(words[1:])
+    return run_script("hf-xgrad", _run, words)
+
+
+def _run(words: list[str]) -> None:
+    top = parser()
+    if not words:
+        top.print_help()
+        return
     try:
+        parsed = top.parse_args(words)
         parsed.run(parsed)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # Whoever read the output has seen enough; closing it at exit would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 if __name__ == "__main__":

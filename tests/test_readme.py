@@ -13,8 +13,8 @@ import torch
 from transformers import Trainer
 
 import hf_xgrad
-from hf_xgrad.trainer.arguments import EXTRA_OPTIMIZERS
 from hf_xgrad.recipes.arguments import ScriptParser
+from hf_xgrad.trainer.arguments import EXTRA_OPTIMIZERS
 from tiny_models import Sentences, arguments, bert
 
 ROOT = Path(__file__).parent.parent

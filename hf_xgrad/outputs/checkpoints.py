@@ -19,14 +19,13 @@ from torch import distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from hf_xgrad.outputs.files import INCOMPLETE_FILE, STATE_FILE, CheckpointError
+
 if TYPE_CHECKING:
     from hf_xgrad.predictor import WeightPredictor
 
 logger = logging.get_logger(__name__)
 
-# Of the Trainer: the one it writes last, and the one that its just-in-time checkpoint keeps there until then.
-STATE_NAME = "trainer_state.json"
-INCOMPLETE_NAME = "checkpoint-is-incomplete.txt"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 # What the Trainer, Accelerate and DeepSpeed write and read again; whatever else lies there is not ours to judge.
 _READ_AGAIN = re.compile(
@@ -108,7 +107,7 @@ def last_checkpoint(output_dir: str) -> str | None:
 
 def _was_finished(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end, whatever has become of it."""
-    return (checkpoint / STATE_NAME).is_file() and _fault_of_json(checkpoint / STATE_NAME) is None
+    return (checkpoint / STATE_FILE).is_file() and _fault_of_json(checkpoint / STATE_FILE) is None
 
 
 def _none_whole(output_dir: str, skipped: Mapping[str, str]) -> ValueError:
@@ -197,15 +196,15 @@ def holds_mark_only(checkpoint: str) -> bool:
 
     To be called on every process.
     """
-    marked = Path(checkpoint, INCOMPLETE_NAME).exists()
+    marked = Path(checkpoint, INCOMPLETE_FILE).exists()
     return all(_of_all(marked and next(_faults(Path(checkpoint), own=True, marked=True), None) is None))
 
 
 def _faults(checkpoint: Path, own: bool, marked: bool = False) -> Iterator[str]:
-    if not marked and (checkpoint / INCOMPLETE_NAME).exists():
-        yield f"it was being written when its run ended, as {INCOMPLETE_NAME} says"
-    if not (checkpoint / STATE_NAME).exists():
-        yield f"it has no {STATE_NAME}, which is written last"
+    if not marked and (checkpoint / INCOMPLETE_FILE).exists():
+        yield f"it was being written when its run ended, as {INCOMPLETE_FILE} says"
+    if not (checkpoint / STATE_FILE).exists():
+        yield f"it has no {STATE_FILE}, which is written last"
     entries = sorted(checkpoint.iterdir())
     folders = [
         path for path in entries if re.fullmatch(r"(pytorch_model_fsdp|optimizer)_\d+|global_step\d+", path.name)
@@ -272,16 +271,12 @@ def _fault_of_json(path: Path) -> str | None:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         return f"is not JSON ({error})"
-    if path.name == STATE_NAME and not (isinstance(content, dict) and isinstance(content.get("global_step"), int)):
+    if path.name == STATE_FILE and not (isinstance(content, dict) and isinstance(content.get("global_step"), int)):
         return "has no global_step"
     return None
 
 
 # ---- writing ----
-
-
-class CheckpointError(OSError):
-    """A checkpoint or a model could not be written; the message says why, and what there is to go on from."""
 
 
 @contextmanager
@@ -338,7 +333,7 @@ def _free_bytes(folder: str) -> int:
 
 def begin_writing(checkpoint: str) -> None:
     """Marks what may be there already as not whole, until its state is written anew, which comes last."""
-    for name in (STATE_NAME, INCOMPLETE_NAME):
+    for name in (STATE_FILE, INCOMPLETE_FILE):
         Path(checkpoint, name).unlink(missing_ok=True)
 
 

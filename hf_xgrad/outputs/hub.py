@@ -11,6 +11,8 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
+from hf_xgrad.outputs.files import CARD_FILE, SETTINGS_FILE
+
 # What the Hub, or the way to it, may raise; HTTPError is that of the client which huggingface_hub has, ValueError is
 # how it says that a card was rejected.
 HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HTTPError, ValueError)
@@ -18,8 +20,7 @@ HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HTTPError, ValueError)
 PUSH_ERRORS: tuple[type[Exception], ...] = (*HUB_ERRORS, RuntimeError)
 
 # Checkpoints, event files and what is only of use to go on with the run where it was.
-_NOT_PUSHED = ("checkpoint-*", "*/checkpoint-*", "runs/*", "wandb/*", "_*", ".env*", "xgrad_settings.json")
-_CARD = "README.md"
+_NOT_PUSHED = ("checkpoint-*", "*/checkpoint-*", "runs/*", "wandb/*", "_*", ".env*", SETTINGS_FILE)
 _WEIGHTS = ("model", "pytorch_model", "adapter_model")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
@@ -93,7 +94,7 @@ def push(
 
 def _name_in_card(folder: Path, repository: str) -> None:
     """Lets the code in the card load the model from where it is pushed to."""
-    card = folder / _CARD
+    card = folder / CARD_FILE
     if card.is_file():
         text = card.read_text(encoding="utf-8")
         named = text.replace(f'.from_pretrained("{folder.absolute().name}")', f'.from_pretrained("{repository}")')
@@ -104,7 +105,7 @@ def _name_in_card(folder: Path, repository: str) -> None:
 def push_again(error: Exception, command: str) -> str:
     """What to do after a push that failed."""
     if "Invalid metadata" in str(error):
-        return f"correct the metadata in its {_CARD} (between the first two ---), then: {command}"
+        return f"correct the metadata in its {CARD_FILE} (between the first two ---), then: {command}"
     if getattr(getattr(error, "response", None), "status_code", None) == 401:
         return f"log in (`hf auth login`, or HF_TOKEN), then: {command}"
     return f"to push it: {command}"
@@ -118,7 +119,7 @@ def push_command(
     revision: str | None = None,
 ) -> str:
     """The command line that does as `push` does; the token is left out."""
-    words = ["python", "-m", "hf_xgrad", "push", os.fspath(folder)]
+    words = ["hf-xgrad", "push", os.fspath(folder)]
     if hub_model_id is not None:
         words += ["--hub_model_id", hub_model_id]
     if private:

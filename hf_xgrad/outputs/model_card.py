@@ -26,12 +26,11 @@ from hf_xgrad import __version__
 from hf_xgrad.core.config import XGradConfig
 from hf_xgrad.core.refusals import unwrap_optimizer
 from hf_xgrad.core.rules import form_of_group
+from hf_xgrad.outputs.files import CARD_FILE, PICTURE_FILE
 from hf_xgrad.outputs.plots import PlotError, plot_runs
 
 logger = logging.get_logger(__name__)
 
-CARD_NAME = "README.md"
-PICTURE_NAME = "training_curves.png"
 PAPER = "https://arxiv.org/abs/2305.18240"
 TAGS = ("xgrad", "generated_from_trainer", "arxiv:2305.18240")
 
@@ -177,7 +176,7 @@ def _in_a_table(name: str) -> tuple[bool, str]:
 
 def complete_card(folder: str | Path, trained: TrainedModel) -> None:
     """Completes the card that a Trainer has written into `folder`, and draws the picture that it shows."""
-    path = Path(folder) / CARD_NAME
+    path = Path(folder) / CARD_FILE
     card, text = _read(path)
     card = _valid(card, trained)
     text = _corrected(text, trained)
@@ -216,7 +215,7 @@ def add_comparison(
         metrics: of each metric the values "xgrad", "baseline" and their "difference".
         histories: the log of each run, under the name that the picture gives it.
     """
-    path = Path(folder) / CARD_NAME
+    path = Path(folder) / CARD_FILE
     card, text = _read(path)
     rows = []
     for name, row in metrics.items():
@@ -455,11 +454,11 @@ def _picture(folder: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]])
     if not any("loss" in entry or "eval_loss" in entry for runs in groups.values() for run in runs for entry in run):
         return ""
     try:
-        plot_runs(groups, folder / PICTURE_NAME)
+        plot_runs(groups, folder / PICTURE_FILE)
     except (ImportError, OSError, PlotError) as error:
         logger.warning(f"XGrad: the model card goes without a picture: {error}")
         return ""
-    return f"![Losses, and agreement of predicted and made steps, over the optimizer's steps]({PICTURE_NAME})"
+    return f"![Losses, and agreement of predicted and made steps, over the optimizer's steps]({PICTURE_FILE})"
 
 
 def _run_name(config: XGradConfig) -> str:

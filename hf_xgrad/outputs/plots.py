@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_xgrad.outputs.files import SETTINGS_FILE, STATE_FILE
+
 History = Sequence[Mapping[str, Any]]
 """What a Trainer's state has as `log_history`."""
 
@@ -36,9 +38,6 @@ _LONGEST_NAME, _MOST_NOTES = 48, 6
 # What pictures have among their first bytes, by the ends of their names.
 _SIGNATURES = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<svg"}
 
-# Files that the Trainer and our scripts leave.
-_STATE_FILE = "trainer_state.json"
-_SETTINGS_FILE = "xgrad_settings.json"
 _SEEDS = ("seed", "data_seed")
 # Settings that readers know by other names, or without one.
 _SHORT = {"method": "", "optim": "", "learning_rate": "lr", "per_device_train_batch_size": "batch"}
@@ -365,10 +364,10 @@ def read_run(path: Path) -> Run:
     """What an output folder holds (while the run goes on, its last whole checkpoint), or a checkpoint, or a file."""
     if path.is_file():
         return _read_state(path)
-    if (path / _STATE_FILE).is_file():
-        return _read_state(path / _STATE_FILE)
-    states = [state for state in path.glob(f"checkpoint-*/{_STATE_FILE}") if _number(state.parent) is not None]
-    problem = PlotError(f"{path} holds no {_STATE_FILE}, nor a checkpoint with one")
+    if (path / STATE_FILE).is_file():
+        return _read_state(path / STATE_FILE)
+    states = [state for state in path.glob(f"checkpoint-*/{STATE_FILE}") if _number(state.parent) is not None]
+    problem = PlotError(f"{path} holds no {STATE_FILE}, nor a checkpoint with one")
     for state in sorted(states, key=lambda state: -(_number(state.parent) or 0)):
         try:
             return _read_state(state)
@@ -391,7 +390,7 @@ def _read_state(path: Path) -> Run:
     if not history:
         raise PlotError(f"{path}: the run has logged nothing yet")
     folder = path.parent
-    settings = (folder if _number(folder) is None else folder.parent) / _SETTINGS_FILE
+    settings = (folder if _number(folder) is None else folder.parent) / SETTINGS_FILE
     return Run(path, state, _read_json(settings) if settings.is_file() else {})
 
 

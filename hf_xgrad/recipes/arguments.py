@@ -1,25 +1,18 @@
-"""Command lines for the scripts: dataclass flags, a .json or .yaml file of them, and errors of one line."""
+"""Command lines of the recipes: dataclass flags, and a .json or .yaml file of them."""
 
 import dataclasses
-import difflib
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
-from hf_xgrad.outputs.checkpoints import CheckpointError
+from hf_xgrad.recipes.input_errors import InputError, describe_choices, one_line
 
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
-
-
-class InputError(Exception):
-    """What the user gave cannot be used; the message is one line that names it."""
 
 
 @dataclasses.dataclass
@@ -78,32 +71,6 @@ class RunArguments:
             "(comparison.json) both side by side."
         },
     )
-
-
-def one_line(error: object) -> str:
-    """Return an error's message without line breaks, so that it can stand after `script.py: error:`."""
-    return re.sub(r"\s+", " ", str(error)).strip()
-
-
-@contextmanager
-def as_input_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
-    """Turn errors that are the caller's to mend into an InputError."""
-    try:
-        yield
-    except kinds as error:
-        raise InputError(prefix + one_line(error)) from error
-
-
-def check_positive(name: str, value: int | None) -> None:
-    """Refuse a number below 1."""
-    if value is not None and value < 1:
-        raise ValueError(f"--{name} must be 1 or more, not {value}")
-
-
-def describe_choices(name: str, choices: Sequence[str]) -> str:
-    """Return "; did you mean a, b?" for the choices that look like `name`, or nothing."""
-    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.7)
-    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 _FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
@@ -203,13 +170,3 @@ def _flag_words(flag: str, value: Any, takes_value: bool) -> list[str]:
 
 def _text(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def run_script(prog: str, body: Callable[[list[str]], None], arguments: Sequence[str] | None) -> int:
-    """Run a script's body; wrong input, or a full disk, becomes one line on stderr and the exit status 2."""
-    try:
-        body(list(sys.argv[1:] if arguments is None else arguments))
-    except (InputError, CheckpointError) as error:
-        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from hf_xgrad.recipes.classification import glue as run_glue
-from hf_xgrad.recipes.corpora.acceptability import LABEL_NAMES, write_data_set
-from hf_xgrad.recipes.classification.tasks import TextMetric
 from hf_xgrad.outputs.plots import plot_runs
-from hf_xgrad.recipes.results import format_table, last_logged, read_json, read_log
-from hf_xgrad.recipes.arguments import InputError, run_script
+from hf_xgrad.recipes.classification import glue as run_glue
+from hf_xgrad.recipes.classification.tasks import TextMetric
+from hf_xgrad.recipes.corpora.acceptability import LABEL_NAMES, write_data_set
 from hf_xgrad.recipes.corpora.files import read_file
+from hf_xgrad.recipes.input_errors import InputError, run_script
+from hf_xgrad.recipes.results import format_table, last_logged, read_json, read_log
 from hf_xgrad.recipes.runs import baseline_folder
 
-PROG = "demo.py"
+PROG = "hf-xgrad demo"
 # Written first into the output folder: a folder that has it is a demonstration's, finished or not, and is replaced.
 MARK = "made_by_demo.txt"
 METRICS = ("accuracy", "matthews_correlation")
@@ -44,13 +44,13 @@ SETTINGS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demonstration and return its exit status."""
-    return run_script(PROG, _run, arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run `hf-xgrad demo` and return its exit status. `prog` is what the user called."""
+    return run_script(prog, lambda words: _run(words, prog), arguments)
 
 
-def _run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(PROG, description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+def _run(arguments: list[str], prog: str) -> None:
+    parser = argparse.ArgumentParser(prog, description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="(default: %(default)s)")
     known, further = parser.parse_known_args(arguments)
     # For so small a model a second thread brings nothing, and where other processes want the core it costs a lot.

@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_xgrad.recipes.arguments import InputError, ModelArguments, as_input_error
+from hf_xgrad.recipes.arguments import ModelArguments
+from hf_xgrad.recipes.input_errors import InputError, as_input_error
 
 
 def _loading(what: str, name: str) -> AbstractContextManager[None]:

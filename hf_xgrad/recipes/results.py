@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_xgrad.outputs.files import STATE_FILE
+
 Row = tuple[str, float, float, float]
 RESUMED = "train_resumed_at_step"
 # Metrics of a Trainer which do not say how well the model does.
@@ -70,7 +72,7 @@ def write_comparison(path: Path, rows: Iterable[Row], settings: Mapping[str, Any
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """Return the log of the run whose results are in `folder`."""
-    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     history: list[dict[str, Any]] = state["log_history"]
     return history
 

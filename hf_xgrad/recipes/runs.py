@@ -22,14 +22,22 @@ from transformers.utils.import_utils import is_liger_kernel_available
 
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.outputs.checkpoints import fault, last_checkpoint
+from hf_xgrad.outputs.files import SETTINGS_FILE, STATE_FILE
 from hf_xgrad.outputs.hub import PUSH_ERRORS, push, push_again, push_command
 from hf_xgrad.outputs.model_card import add_comparison
+from hf_xgrad.recipes.arguments import RunArguments, ScriptParser
+from hf_xgrad.recipes.input_errors import InputError, as_input_error, check_positive, one_line
 from hf_xgrad.recipes.loop.arguments import Optim, make_optimizer, make_schedule
-from hf_xgrad.recipes.results import RESUMED, compare, format_comparison, read_json, read_log, write_comparison, write_json
-from hf_xgrad.recipes.arguments import InputError, RunArguments, ScriptParser, as_input_error, check_positive, one_line
+from hf_xgrad.recipes.results import (
+    RESUMED,
+    compare,
+    format_comparison,
+    read_json,
+    read_log,
+    write_comparison,
+    write_json,
+)
 
-STATE_FILE = "trainer_state.json"
-SETTINGS_FILE = "xgrad_settings.json"
 # Accelerate writes it into its checkpoints, the Trainer does not.
 LOOP_FILE = "random_states_0.pkl"
 # What makes a training another one, of the flags of the Trainer or of the loop; others have fewer of them.
@@ -74,11 +82,10 @@ class Run:
         return Path(str(self.args.output_dir))
 
 
-def set_up_logging(args: Any, *modules: str) -> None:
-    """Show what these modules and this one say on the main process, and what the libraries say at --log_level."""
+def set_up_logging(args: Any) -> None:
+    """Show what the package says on the main process, and what the libraries say at --log_level."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for name in (*modules, __name__):
-        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
+    logging.getLogger("hf_xgrad").setLevel(logging.INFO if args.should_log else logging.WARNING)
     level = args.get_process_log_level()
     transformers.utils.logging.set_verbosity(level)
     datasets.utils.logging.set_verbosity(level)
@@ -98,9 +105,7 @@ def check_run(run_args: RunArguments, args: Any) -> None:
         raise InputError("--resume_from_checkpoint and --no_resume exclude each other")
     if args.push_to_hub and not args.do_train:
         # What --output_dir may hold need not be what is evaluated.
-        raise InputError(
-            "--push_to_hub pushes what is trained: give --do_train (`python -m hf_xgrad push` pushes a folder)"
-        )
+        raise InputError("--push_to_hub pushes what is trained: give --do_train (`hf-xgrad push` pushes a folder)")
     if not run_args.baseline:
         return
     if not args.do_train:

@@ -21,11 +21,14 @@ from typing import Any, NamedTuple
 from hf_xgrad import XGradConfig
 from hf_xgrad.core.config import AUTO_STEPS
 from hf_xgrad.outputs.plots import STYLES, new_figure
+from hf_xgrad.recipes.arguments import CONFIG_SUFFIXES, read_config_file
+from hf_xgrad.recipes.input_errors import InputError, describe_choices, run_script
 from hf_xgrad.recipes.results import format_table, read_json, steps_text, write_json
-from hf_xgrad.recipes.arguments import CONFIG_SUFFIXES, InputError, describe_choices, read_config_file, run_script
 
-PROG = "sweep.py"
-SCRIPTS = ("run_clm.py", "run_mlm.py", "run_glue.py")
+PROG = "hf-xgrad sweep"
+RECIPES = {"clm": "language.clm", "mlm": "language.mlm", "glue": "classification.glue"}
+# The files in scripts/ that are these recipes, for those who know them by those names.
+SCRIPTS = {f"run_{name}.py": name for name in RECIPES}
 # Flags that the sweep itself sets for each run, or that would undo them.
 SWEPT = ("seed", "learning_rate", "xgrad", "no_xgrad", "xgrad_steps", "output_dir", "baseline")
 
@@ -44,6 +47,13 @@ class Point(NamedTuple):
 Values = Mapping[Point, float]
 
 
+def _recipe(text: str) -> str:
+    name = SCRIPTS.get(text, text)
+    if name not in RECIPES:
+        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(RECIPES)}")
+    return name
+
+
 def _steps(text: str) -> float | str:
     try:
         return XGradConfig.from_args(argparse.Namespace(xgrad_steps=text)).steps
@@ -51,16 +61,18 @@ def _steps(text: str) -> float | str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sweep and return its exit status."""
-    return run_script(PROG, _run, arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run `hf-xgrad sweep` and return its exit status. `prog` is what the user called."""
+    return run_script(prog, lambda words: _run(words, prog), arguments)
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], prog: str) -> None:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     flags = arguments[end + 1 :]
-    parser = argparse.ArgumentParser(PROG, description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("script", nargs="?", choices=SCRIPTS, default=SCRIPTS[0], help="(default: %(default)s)")
+    parser = argparse.ArgumentParser(prog, description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument(
+        "recipe", nargs="?", type=_recipe, default="clm", metavar="{clm,mlm,glue}", help="(default: %(default)s)"
+    )
     parser.add_argument("--xgrad_steps", nargs="+", type=_steps, default=[0.0, 1.0, 2.0], metavar="S")
     parser.add_argument("--learning_rates", nargs="+", type=float, required=True, metavar="LR")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
@@ -73,12 +85,12 @@ def _run(arguments: list[str]) -> None:
         raise InputError("--learning_rates, --xgrad_steps and --seeds must not name a value twice")
     _check_flags(flags)
     folder: Path = known.output_dir
-    _check_sweep(folder, {"script": known.script, "flags": flags})
-    script = importlib.import_module(known.script.removesuffix(".py"))
+    _check_sweep(folder, {"recipe": known.recipe, "flags": flags})
+    recipe = importlib.import_module(f"hf_xgrad.recipes.{RECIPES[known.recipe]}")
     values = {}
     for number, point in enumerate(points, start=1):
         print(f"Run {number} of {len(points)}: {point}", flush=True)
-        values[point] = _value(script, point, folder, known.metric, flags)
+        values[point] = _value(recipe, point, folder, known.metric, flags)
     _show(values, known.metric, folder)
 
 
@@ -104,11 +116,11 @@ def _check_sweep(folder: Path, settings: dict[str, Any]) -> None:
         raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
 
 
-def _value(script: Any, point: Point, folder: Path, metric: str, flags: list[str]) -> float:
+def _value(recipe: Any, point: Point, folder: Path, metric: str, flags: list[str]) -> float:
     run_folder = folder / str(point)
     results = run_folder / "eval_results.json"
     if not results.is_file():
-        status = script.main(
+        status = recipe.main(
             [
                 *flags,
                 *("--learning_rate", str(point.learning_rate), "--xgrad_steps", str(point.steps)),

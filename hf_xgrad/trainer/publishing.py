@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer
 from transformers.utils import logging
 
-from hf_xgrad.outputs.checkpoints import CheckpointError
 from hf_xgrad.core.config import XGradConfig
+from hf_xgrad.outputs.files import CheckpointError
 from hf_xgrad.outputs.hub import PUSH_ERRORS, UnsavedToken, has_model, push_again, push_command
 from hf_xgrad.outputs.model_card import (
     TrainedModel,

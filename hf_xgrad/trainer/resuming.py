@@ -14,7 +14,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from hf_xgrad.outputs.checkpoints import (
-    INCOMPLETE_NAME,
     begin_writing,
     checkpoint_to_resume,
     holds_mark_only,
@@ -25,6 +24,7 @@ from hf_xgrad.outputs.checkpoints import (
     write_state,
     writing,
 )
+from hf_xgrad.outputs.files import INCOMPLETE_FILE
 from hf_xgrad.predictor import WeightPredictor
 
 # To a type checker the mixin is a Trainer; at run time it is mixed into one.
@@ -92,7 +92,7 @@ class ResumingMixin(_Trainer):
         if here == self._saved and holds_mark_only(checkpoint):
             # A just-in-time checkpoint: to write over the one that is there would risk it for other random numbers.
             if self.args.should_save:
-                Path(checkpoint, INCOMPLETE_NAME).unlink(missing_ok=True)
+                Path(checkpoint, INCOMPLETE_FILE).unlink(missing_ok=True)
             return
         with writing(checkpoint, run):
             if self.args.should_save:

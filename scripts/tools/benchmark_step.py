@@ -25,9 +25,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_xgrad import WeightPredictor, XGradConfig
 from hf_xgrad.core.config import AUTO_STEPS
 from hf_xgrad.optim import AdaM3
-from hf_xgrad.trainer.arguments import Steps
+from hf_xgrad.recipes.arguments import ScriptParser
+from hf_xgrad.recipes.input_errors import InputError, run_script
 from hf_xgrad.recipes.results import format_table, write_json
-from hf_xgrad.recipes.arguments import InputError, ScriptParser, run_script
+from hf_xgrad.trainer.arguments import Steps
 
 PROG = "benchmark_step.py"
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from hf_xgrad.recipes.arguments import ScriptParser
+from hf_xgrad.recipes.input_errors import run_script
 from hf_xgrad.recipes.results import format_table
-from hf_xgrad.recipes.arguments import ScriptParser, run_script
 
 PROG = "scaling.py"
 

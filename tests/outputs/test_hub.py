@@ -235,7 +235,7 @@ CASES = [*((kind, False) for kind in FAULTS), ("commit", True), ("commit_cut_off
 def push_again(client: Clients, outcome: Outcome) -> dict[str, Any]:
     """Run the command that the error names, as whoever is logged in."""
     (note,) = outcome.notes
-    words = shlex.split(note[note.index("python -m hf_xgrad push") :])
+    words = shlex.split(note[note.index("hf-xgrad push") :])
     assert words[:4] == ["python", "-m", "hf_xgrad", "push"]
     return client(hub_runs.command, token=TOKEN, words=words[3:]).unwrap()
 

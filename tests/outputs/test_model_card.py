@@ -20,8 +20,8 @@ from transformers import Trainer
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.outputs.model_card import (
-    CARD_NAME,
-    PICTURE_NAME,
+    CARD_FILE,
+    PICTURE_FILE,
     TAGS,
     TrainedModel,
     add_comparison,
@@ -48,7 +48,7 @@ def make(folder: Path, cls: type = XGradTrainer, model: Any = None, **settings: 
 
 
 def card_of(folder: Path) -> tuple[dict[str, Any], str]:
-    _, head, text = (folder / CARD_NAME).read_text(encoding="utf-8").split("---\n", 2)
+    _, head, text = (folder / CARD_FILE).read_text(encoding="utf-8").split("---\n", 2)
     return yaml.safe_load(head), text
 
 
@@ -76,7 +76,7 @@ def test_the_card_says_how_the_model_was_trained(tmp_path: Path) -> None:
     for line in (
         *("| optimizer | AdamW |", "| steps predicted ahead, s | 1 (default) |", "| rule | closed form of AdamW |"),
         *(f"- Transformers {transformers.__version__}", "- hf_xgrad 0.1.0", "https://arxiv.org/abs/2305.18240"),
-        *("@article{guan2024xgrad,", f"steps]({PICTURE_NAME})"),
+        *("@article{guan2024xgrad,", f"steps]({PICTURE_FILE})"),
     ):
         assert line in text
     assert re.search(r"\| cosine of predicted and made step \| -?\d\.\d\d \(mean of 3 logged steps\) \|", text)
@@ -84,7 +84,7 @@ def test_the_card_says_how_the_model_was_trained(tmp_path: Path) -> None:
     assert card["library_name"] == "transformers"
     assert set(TAGS) <= set(card["tags"])
     assert len(card["tags"]) == len(set(card["tags"]))
-    with Image.open(tmp_path / "run" / PICTURE_NAME) as picture:
+    with Image.open(tmp_path / "run" / PICTURE_FILE) as picture:
         assert picture.width > 400
 
 
@@ -118,7 +118,7 @@ def test_an_optimizer_of_both_rules_says_which_groups_have_which(tmp_path: Path)
     groups = [{"params": [p]} for p in model.parameters()]
     groups[0]["momentum"] = 0.0
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    (tmp_path / CARD_NAME).write_text("---\nlibrary_name: transformers\n---\n\n# x\n")
+    (tmp_path / CARD_FILE).write_text("---\nlibrary_name: transformers\n---\n\n# x\n")
     complete_card(tmp_path, TrainedModel(XGradConfig(), model, "x", optimizer))
     number = len(groups)
     expected = f"| rule | closed form for {number - 1} of {number} parameter groups, last update for the others |"
@@ -207,7 +207,7 @@ def test_what_goes_wrong_with_the_card_does_not_end_the_run(tmp_path: Path, capl
     trainer = trained(tmp_path)
     trainer.create_model_card(tags=["a", {1: 2}])
     assert "the model card is left as the Trainer wrote it" in caplog.text
-    assert (tmp_path / CARD_NAME).is_file()
+    assert (tmp_path / CARD_FILE).is_file()
 
 
 @pytest.mark.parametrize(("tasks", "tag"), [(["fill-mask"], "fill-mask"), (["fill-mask", "other"], None)])
@@ -379,7 +379,7 @@ def test_the_code_loads_adapters_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_class_that_others_do_not_have_has_no_code(tmp_path: Path) -> None:
-    (tmp_path / CARD_NAME).write_text("# x\n")
+    (tmp_path / CARD_FILE).write_text("# x\n")
     complete_card(tmp_path, TrainedModel(XGradConfig(), nn.Linear(1, 1), "x"))
     assert "How to use" not in card_of(tmp_path)[1]
 
@@ -391,7 +391,7 @@ def test_the_comparison_takes_the_place_of_the_curves(tmp_path: Path) -> None:
     trainer = trained(tmp_path)
     trainer.create_model_card()
     before, _ = card_of(tmp_path)
-    picture = (tmp_path / PICTURE_NAME).read_bytes()
+    picture = (tmp_path / PICTURE_FILE).read_bytes()
     log = trainer.state.log_history
     row = {"xgrad": 0.5, "baseline": 0.625, "difference": -0.125}
     for _ in range(2):
@@ -403,13 +403,13 @@ def test_the_comparison_takes_the_place_of_the_curves(tmp_path: Path) -> None:
             text.index("## XGrad\n") < text.index("## XGrad beside the plain optimizer") < text.index("## Training p")
         )
         assert text.count("| eval loss | 0.5000 | 0.6250 | -0.1250 |") == 1
-        assert text.count(f"({PICTURE_NAME})") == 1
-        assert (tmp_path / PICTURE_NAME).read_bytes() != picture
+        assert text.count(f"({PICTURE_FILE})") == 1
+        assert (tmp_path / PICTURE_FILE).read_bytes() != picture
 
 
 @pytest.mark.parametrize("text", ["# x\n", "# x\n\n## XGrad\n\ny\n", "# x\n\n## Training curves\n\ny\n\n## Z\n\nz\n"])
 def test_the_comparison_has_a_place_in_every_card(tmp_path: Path, text: str) -> None:
-    (tmp_path / CARD_NAME).write_text(text)
+    (tmp_path / CARD_FILE).write_text(text)
     row = {"xgrad": 0.5, "baseline": float("nan"), "difference": float("nan")}
     add_comparison(tmp_path, {"eval_loss": row}, {"XGrad": [], "plain optimizer": []})
     expected = [title for title in headings(text) if title != "## Training curves"]
@@ -434,11 +434,11 @@ def test_a_card_without_matplotlib_goes_without_a_picture(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     trained(tmp_path).create_model_card()
     assert "png" not in card_of(tmp_path)[1]
-    assert not (tmp_path / PICTURE_NAME).exists()
+    assert not (tmp_path / PICTURE_FILE).exists()
 
 
 def test_headings_within_code_are_no_sections(tmp_path: Path) -> None:
     text = "# x\n\n## A\n\n```python\n## no heading\n```\n\n## Training procedure\n\ny\n"
-    (tmp_path / CARD_NAME).write_text(text)
+    (tmp_path / CARD_FILE).write_text(text)
     complete_card(tmp_path, TrainedModel(XGradConfig(enabled=False), nn.Linear(1, 1), "x"))
     assert card_of(tmp_path)[1].strip() == text.strip()

@@ -377,9 +377,9 @@ def test_without_matplotlib(
 
 def write_run(folder: Path, history: Any, settings: dict[str, Any] | None = None, **state: Any) -> Path:
     folder.mkdir(parents=True)
-    (folder / training_runs.STATE_FILE).write_text(json.dumps({"log_history": history, "max_steps": 9, **state}))
+    (folder / STATE_FILE).write_text(json.dumps({"log_history": history, "max_steps": 9, **state}))
     if settings is not None:
-        (folder / training_runs.SETTINGS_FILE).write_text(json.dumps(settings))
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings))
     return folder
 
 
@@ -443,7 +443,7 @@ def test_files_that_are_none_of_a_run(
 
 def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", log(1.0))
-    (run / training_runs.SETTINGS_FILE).write_text("{")
+    (run / SETTINGS_FILE).write_text("{")
     with pytest.raises(PlotError, match=r"xgrad_settings\.json is not JSON"):
         read_run(run)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scaling
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import scaling
 from hf_xgrad import WeightPredictor, XGradConfig
 from hf_xgrad.core import diagnostics
 from inside import kept_weights

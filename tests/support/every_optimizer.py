@@ -1000,7 +1000,7 @@ optimizers around others. Each was trained on a small BERT under a learning rate
 micro-batches, and checked: the prediction against what can be measured from outside; that the true weights come back
 bit for bit; that an accumulation window sees one prediction; that a run which was stopped after five steps and resumed
 ends bit for bit as the one that was not. This is what came out, and a test holds it to that.
-`python -m hf_xgrad optimizers` prints it.
+`hf-xgrad optimizers` prints it.
 
 - **closed form**: predicted from the optimizer's state. `xgrad_rule="last_update"` works with these too (checked).
 - **last update**: predicted by the last-update rule, the last realised update once more, at the new learning rate.

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import trainer as transformers_trainer
 
-from hf_xgrad.recipes.loop import results as loop_results
 from hf_xgrad.outputs import hub
+from hf_xgrad.recipes.loop import results as loop_results
 
 WORDS = ("the", "a", "boy", "girl", "dog", "sees", "likes", "runs", "sleeps", "and", "or", "but", "never", "often")
 # The Trainer of the language models counts the tokens of its input, the loop does not.

@@ -23,7 +23,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrai
 
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradMixin, XGradTrainer
-from hf_xgrad.outputs.model_card import CARD_NAME, TAGS
+from hf_xgrad.outputs.model_card import CARD_FILE, TAGS
 from reference import predicted_weights
 from small_runs import history
 
@@ -460,9 +460,9 @@ def test_trls_card_is_completed(method: Method, tmp_path: Path) -> None:
     trainer = make(method, tmp_path, XGradConfig(steps=2.0))
     trainer.train()
     method.trainer.create_model_card(trainer, model_name="x")
-    trls = (tmp_path / CARD_NAME).read_text(encoding="utf-8")
+    trls = (tmp_path / CARD_FILE).read_text(encoding="utf-8")
     trainer.create_model_card(model_name="x")
-    card = (tmp_path / CARD_NAME).read_text(encoding="utf-8")
+    card = (tmp_path / CARD_FILE).read_text(encoding="utf-8")
     _, head, text = card.split("---\n", 2)
     metadata, own = yaml.safe_load(head), yaml.safe_load(trls.split("---\n", 2)[1])
     assert set(own["tags"]) | set(TAGS) == set(metadata["tags"])

@@ -15,11 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_xgrad.recipes.arguments import ModelArguments
 from hf_xgrad.recipes.classification.data import DataArguments, GlueData, names_by_number
 from hf_xgrad.recipes.classification.tasks import HUB_NAME, TextMetric
+from hf_xgrad.recipes.input_errors import InputError
 from hf_xgrad.recipes.pretrained import ensure_padding, load_config, load_model, load_tokenizer
 from hf_xgrad.recipes.results import write_predictions
-from hf_xgrad.recipes.arguments import InputError, ModelArguments
 
 logger = logging.getLogger(__name__)
 

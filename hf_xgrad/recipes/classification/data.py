@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 
 from hf_xgrad.recipes.classification.labels import Labels, find_labels, labels_of_model
 from hf_xgrad.recipes.classification.tasks import CLASS_SCORES, HUB_NAME, REGRESSION_SCORES, TASKS, Task
-from hf_xgrad.recipes.arguments import InputError, check_positive
 from hf_xgrad.recipes.corpora.files import Table, read_file, read_hub, split_table
+from hf_xgrad.recipes.input_errors import InputError, check_positive
 
 # MNLI has two of each; the suffixes tell the second one's metrics and predictions from the first one's.
 VALIDATION_SPLITS = {"validation": "", "validation_mismatched": "_mm"}

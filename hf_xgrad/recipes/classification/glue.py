@@ -13,11 +13,9 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
-from hf_xgrad.recipes.classification.data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
 from hf_xgrad.outputs.hub import HUB_ERRORS
-from hf_xgrad.recipes.pretrained import load_config
-from hf_xgrad.recipes.arguments import InputError, ModelArguments, RunArguments, ScriptParser, as_input_error, run_script
+from hf_xgrad.recipes.arguments import ModelArguments, RunArguments, ScriptParser
 from hf_xgrad.recipes.classification.classifier import (
     check_wanted,
     describe_for_card,
@@ -27,6 +25,9 @@ from hf_xgrad.recipes.classification.classifier import (
     tokenize,
     write_classes_or_scores,
 )
+from hf_xgrad.recipes.classification.data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
+from hf_xgrad.recipes.input_errors import InputError, as_input_error, run_script
+from hf_xgrad.recipes.pretrained import load_config
 from hf_xgrad.recipes.runs import (
     check_optimizer_flags,
     check_run,
@@ -38,24 +39,24 @@ from hf_xgrad.recipes.runs import (
     write_card,
 )
 
-PROG = "run_glue.py"
+PROG = "hf-xgrad glue"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit status."""
-    return run_script(PROG, _run, arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run `hf-xgrad glue` and return its exit status. `prog` is what the user called."""
+    return run_script(prog, lambda words: _run(words, prog), arguments)
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], prog: str) -> None:
     parser = ScriptParser(
         *(ModelArguments, DataArguments, RunArguments, XGradTrainingArguments),
-        prog=PROG,
+        prog=prog,
         description=(__doc__ or "").splitlines()[0],
     )
     # The Trainer's own default pushes every checkpoint, before there are any results to push with it.
     parser.set_defaults(hub_strategy="end")
     model_args, data_args, run_args, args = parser.parse(arguments)
-    set_up_logging(args, "glue_data", "sequence_classification")
+    set_up_logging(args)
     check_wanted(model_args, args)
     check_run(run_args, args)
     check_optimizer_flags(args)

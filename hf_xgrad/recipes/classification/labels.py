@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hf_xgrad.recipes.arguments import InputError
+from hf_xgrad.recipes.input_errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from sklearn.model_selection import train_test_split
 
-from hf_xgrad.recipes.arguments import InputError, describe_choices, one_line
+from hf_xgrad.recipes.input_errors import InputError, describe_choices, one_line
 
 Columns = dict[str, list[Any]]
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_xgrad.recipes.arguments import InputError
+from hf_xgrad.recipes.input_errors import InputError
 
 # Tests and applications that lie among the modules of the standard library.
 NOT_DOCUMENTATION = {"test", "tests", "idlelib", "lib2to3", "turtledemo"}

@@ -16,12 +16,12 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 
+from hf_xgrad.recipes.input_errors import check_positive, run_script
 from hf_xgrad.recipes.language.batches import CausalCollator
 from hf_xgrad.recipes.language.data import BlockCutter, LanguageDataArguments
 from hf_xgrad.recipes.language.modeling import EMBEDDED_TRAINING, Objective, run_language_model, sample_text
-from hf_xgrad.recipes.arguments import check_positive, run_script
 
-PROG = "run_clm.py"
+PROG = "hf-xgrad clm"
 
 
 @dataclasses.dataclass
@@ -66,7 +66,6 @@ EMBEDDED = {
 }
 
 CAUSAL = Objective(
-    prog=PROG,
     description=(__doc__ or "").splitlines()[0],
     task="text-generation",
     auto_class=AutoModelForCausalLM,
@@ -80,9 +79,11 @@ CAUSAL = Objective(
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit status."""
-    return run_script(PROG, lambda words: run_language_model(CAUSAL, words, [SampleArguments], _sample), arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run `hf-xgrad clm` and return its exit status. `prog` is what the user called."""
+    return run_script(
+        prog, lambda words: run_language_model(prog, CAUSAL, words, [SampleArguments], _sample), arguments
+    )
 
 
 def _sample(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, sample_args: SampleArguments) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_xgrad.recipes.arguments import InputError, check_positive, describe_choices, one_line
+from hf_xgrad.recipes.input_errors import InputError, check_positive, describe_choices, one_line
 
 TextData: TypeAlias = Dataset | IterableDataset
 # Flags that name data.

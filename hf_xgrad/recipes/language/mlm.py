@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from hf_xgrad import XGradTrainingArguments
+from hf_xgrad.recipes.input_errors import run_script
 from hf_xgrad.recipes.language.batches import MaskingCollator
 from hf_xgrad.recipes.language.data import BlockCutter, LanguageDataArguments
 from hf_xgrad.recipes.language.modeling import EMBEDDED_TRAINING, Objective, run_language_model
-from hf_xgrad.recipes.arguments import run_script
 
-PROG = "run_mlm.py"
+PROG = "hf-xgrad mlm"
 
 
 @dataclasses.dataclass
@@ -87,7 +87,6 @@ def _make_collator(
 
 
 MASKED = Objective(
-    prog=PROG,
     description=(__doc__ or "").splitlines()[0],
     task="fill-mask",
     auto_class=AutoModelForMaskedLM,
@@ -101,9 +100,9 @@ MASKED = Objective(
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit status."""
-    return run_script(PROG, lambda words: run_language_model(MASKED, words), arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run `hf-xgrad mlm` and return its exit status. `prog` is what the user called."""
+    return run_script(prog, lambda words: run_language_model(prog, MASKED, words), arguments)
 
 
 if __name__ == "__main__":

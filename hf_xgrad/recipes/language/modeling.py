@@ -18,6 +18,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
 from hf_xgrad.outputs.hub import HUB_ERRORS
+from hf_xgrad.recipes.arguments import RunArguments, ScriptParser
+from hf_xgrad.recipes.corpora.python_documentation import load_texts
+from hf_xgrad.recipes.input_errors import InputError, as_input_error
 from hf_xgrad.recipes.language.data import (
     DATA_SOURCES,
     BlockCutter,
@@ -39,10 +42,8 @@ from hf_xgrad.recipes.language.models import (
     make_model,
     make_tokenizer,
 )
-from hf_xgrad.recipes.corpora.python_documentation import load_texts
-from hf_xgrad.recipes.results import first_logged
-from hf_xgrad.recipes.arguments import InputError, RunArguments, ScriptParser, as_input_error
 from hf_xgrad.recipes.language.scores import TokenScores, mean_loss, score_rows
+from hf_xgrad.recipes.results import first_logged
 from hf_xgrad.recipes.runs import (
     check_optimizer_flags,
     check_run,
@@ -86,7 +87,6 @@ class Objective:
     """What tells the causal script from the masked one.
 
     Attributes:
-        prog: name of the script.
         description: one line for --help.
         task: what the Hub calls it.
         auto_class: class that loads the models.
@@ -99,7 +99,6 @@ class Objective:
         finish_validation: `(collator, rows) -> ` rows to evaluate on.
     """
 
-    prog: str
     description: str
     task: str
     auto_class: Any
@@ -184,6 +183,7 @@ def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None 
 
 
 def run_language_model(
+    prog: str,
     objective: Objective,
     arguments: list[str],
     further: Iterable[Any] = (),
@@ -196,13 +196,13 @@ def run_language_model(
     """
     parser = ScriptParser(
         *(LanguageModelArguments, objective.data_arguments, RunArguments, *further, XGradTrainingArguments),
-        prog=objective.prog,
+        prog=prog,
         description=objective.description,
     )
     # The Trainer's own default pushes every checkpoint, before there are any results to push with it.
     parser.set_defaults(hub_strategy="end")
     model_args, data_args, run_args, *extra, args = parse_flags(parser, arguments, objective.embedded)
-    set_up_logging(args, __name__, "language_data")
+    set_up_logging(args)
     _check(model_args, data_args, run_args, args)
     runs = plan_runs(parser, arguments, run_args, args, model_args, data_args)
     prepared = prepare(objective, model_args, data_args, args)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_xgrad.recipes.language.tokenizer import train_tokenizer
+from hf_xgrad.recipes.arguments import ModelArguments
+from hf_xgrad.recipes.input_errors import InputError, as_input_error, check_positive, describe_choices
 from hf_xgrad.recipes.language.data import Texts
+from hf_xgrad.recipes.language.tokenizer import train_tokenizer
 from hf_xgrad.recipes.pretrained import ensure_padding_token, load_config, load_model, load_tokenizer
-from hf_xgrad.recipes.arguments import InputError, ModelArguments, as_input_error, check_positive, describe_choices
 
 # Flags that name a model.
 MODEL_SOURCES = ("model_name_or_path", "config_name", "model_type")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_xgrad.recipes.arguments import InputError
+from hf_xgrad.recipes.input_errors import InputError
 
 # Written so that no ordinary text has them: `<s>` would be found in every text on HTML.
 END_OF_TEXT = "<|endoftext|>"

@@ -19,35 +19,43 @@ from accelerate import Accelerator
 from transformers import set_seed
 from transformers.trainer_utils import speed_metrics
 
-from hf_xgrad.recipes.loop.training import Batch, make_accelerator, make_loader, train
+from hf_xgrad.recipes.arguments import RunArguments, ScriptParser
+from hf_xgrad.recipes.input_errors import InputError, run_script
 from hf_xgrad.recipes.language.batches import IGNORED
-from hf_xgrad.recipes.language.modeling import Prepared, check_data, describe_for_card, make_language_model, parse_flags, prepare
+from hf_xgrad.recipes.language.clm import CAUSAL, CausalDataArguments, SampleArguments, write_sample
+from hf_xgrad.recipes.language.modeling import (
+    Prepared,
+    check_data,
+    describe_for_card,
+    make_language_model,
+    parse_flags,
+    prepare,
+)
 from hf_xgrad.recipes.language.models import LanguageModelArguments
+from hf_xgrad.recipes.language.scores import TokenScores, mean_loss, score_rows
 from hf_xgrad.recipes.loop.arguments import LoopArguments
 from hf_xgrad.recipes.loop.results import make_repository, record, save_model, write_card
-from hf_xgrad.recipes.language.clm import CAUSAL, CausalDataArguments, SampleArguments, write_sample
+from hf_xgrad.recipes.loop.training import Batch, make_accelerator, make_loader, train
 from hf_xgrad.recipes.results import first_logged, read_log
-from hf_xgrad.recipes.arguments import InputError, RunArguments, ScriptParser, run_script
-from hf_xgrad.recipes.language.scores import TokenScores, mean_loss, score_rows
 from hf_xgrad.recipes.runs import check_run, do_runs, plan_runs, set_up_logging
 
-PROG = "run_clm_no_trainer.py"
+PROG = "hf-xgrad clm-loop"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit status."""
-    return run_script(PROG, _run, arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run `hf-xgrad clm-loop` and return its exit status. `prog` is what the user called."""
+    return run_script(prog, lambda words: _run(words, prog), arguments)
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], prog: str) -> None:
     parser = ScriptParser(
         *(LanguageModelArguments, CausalDataArguments, RunArguments, SampleArguments, LoopArguments),
-        prog=PROG,
+        prog=prog,
         description=(__doc__ or "").splitlines()[0],
     )
     embedded = {**CAUSAL.embedded, "output_dir": "outputs/clm_no_trainer"}
     model_args, data_args, run_args, sample_args, args = parse_flags(parser, arguments, embedded)
-    set_up_logging(args, "accelerate_loop", "language_data", "language_modeling", "loop_results")
+    set_up_logging(args)
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train or --do_eval")
     if data_args.streaming:

@@ -21,12 +21,7 @@ from accelerate import Accelerator
 from transformers import EvalPrediction, set_seed
 from transformers.trainer_utils import speed_metrics
 
-from hf_xgrad.recipes.loop.training import make_accelerator, make_loader, train
-from hf_xgrad.recipes.classification.data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
-from hf_xgrad.recipes.loop.arguments import LoopArguments
-from hf_xgrad.recipes.loop.results import make_repository, record, save_model, write_card
-from hf_xgrad.recipes.pretrained import load_config
-from hf_xgrad.recipes.arguments import ModelArguments, RunArguments, ScriptParser, run_script
+from hf_xgrad.recipes.arguments import ModelArguments, RunArguments, ScriptParser
 from hf_xgrad.recipes.classification.classifier import (
     check_wanted,
     describe_for_card,
@@ -36,9 +31,15 @@ from hf_xgrad.recipes.classification.classifier import (
     tokenize,
     write_classes_or_scores,
 )
+from hf_xgrad.recipes.classification.data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
+from hf_xgrad.recipes.input_errors import run_script
+from hf_xgrad.recipes.loop.arguments import LoopArguments
+from hf_xgrad.recipes.loop.results import make_repository, record, save_model, write_card
+from hf_xgrad.recipes.loop.training import make_accelerator, make_loader, train
+from hf_xgrad.recipes.pretrained import load_config
 from hf_xgrad.recipes.runs import check_run, do_runs, plan_runs, set_up_logging
 
-PROG = "run_glue_no_trainer.py"
+PROG = "hf-xgrad glue-loop"
 
 
 @dataclasses.dataclass
@@ -48,19 +49,19 @@ class GlueLoopArguments(LoopArguments):
     do_predict: bool = dataclasses.field(default=False, metadata={"help": "Write predictions for the test data."})
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the script and return its exit status."""
-    return run_script(PROG, _run, arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """Run `hf-xgrad glue-loop` and return its exit status. `prog` is what the user called."""
+    return run_script(prog, lambda words: _run(words, prog), arguments)
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], prog: str) -> None:
     parser = ScriptParser(
         *(ModelArguments, DataArguments, RunArguments, GlueLoopArguments),
-        prog=PROG,
+        prog=prog,
         description=(__doc__ or "").splitlines()[0],
     )
     model_args, data_args, run_args, args = parser.parse(arguments)
-    set_up_logging(args, "accelerate_loop", "loop_results", "glue_data", "sequence_classification")
+    set_up_logging(args)
     check_wanted(model_args, args)
     check_run(run_args, args)
     runs = plan_runs(parser, arguments, run_args, args, model_args, data_args)

@@ -12,11 +12,12 @@ from huggingface_hub import HfApi, ModelCardData
 from torch import nn
 
 from hf_xgrad import XGradConfig
+from hf_xgrad.outputs.files import CARD_FILE
 from hf_xgrad.outputs.hub import HUB_ERRORS
-from hf_xgrad.outputs.model_card import CARD_NAME, TrainedModel, complete_card, is_hub_id
+from hf_xgrad.outputs.model_card import TrainedModel, complete_card, is_hub_id
+from hf_xgrad.recipes.input_errors import as_input_error
 from hf_xgrad.recipes.loop.arguments import LoopArguments, make_optimizer
 from hf_xgrad.recipes.results import format_table, read_json, read_log, write_json
-from hf_xgrad.recipes.arguments import as_input_error
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def write_card(args: LoopArguments, model: Any, tokenizer: Any, base_model: str 
         return
     folder = Path(args.output_dir)
     name = folder.absolute().name
-    (folder / CARD_NAME).write_text(_plain_card(args, name, base_model, card), encoding="utf-8")
+    (folder / CARD_FILE).write_text(_plain_card(args, name, base_model, card), encoding="utf-8")
     trained = TrainedModel(
         config=XGradConfig.from_args(args),
         model=model,

@@ -24,10 +24,10 @@ from transformers.trainer_utils import rotate_checkpoints, speed_metrics
 
 from hf_xgrad import WeightPredictor, XGradConfig
 from hf_xgrad.outputs.checkpoints import begin_writing, writing
+from hf_xgrad.outputs.files import STATE_FILE
+from hf_xgrad.recipes.input_errors import InputError, as_input_error
 from hf_xgrad.recipes.loop.arguments import LoopArguments, Strategy, make_optimizer, make_schedule
 from hf_xgrad.recipes.results import RESUMED, read_json
-from hf_xgrad.recipes.arguments import InputError, as_input_error
-from hf_xgrad.recipes.runs import STATE_FILE
 
 Batch = dict[str, Tensor]
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_xgrad import WeightPredictor
 from hf_xgrad.recipes.language import clm as run_clm
 from hf_xgrad.recipes.loop import clm as run_clm_no_trainer
-from hf_xgrad import WeightPredictor
 from run_files import history, read, same_weights, untimed, write_texts
 
 # Dropout is GPT-2's own, 0.1. 37 blocks in batches of 2: the last batch of an epoch has half as many tokens as others.
@@ -169,5 +169,5 @@ def test_wrong_input_is_one_line_before_any_training(
     assert run_clm_no_trainer.main(words) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1
-    assert errors[0].startswith("run_clm_no_trainer.py: error: ")
+    assert errors[0].startswith("hf-xgrad clm-loop: error: ")
     assert named in errors[0]

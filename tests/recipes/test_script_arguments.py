@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hf_xgrad import XGradTrainingArguments
-from hf_xgrad.recipes.arguments import InputError, ScriptParser, one_line, run_script
+from hf_xgrad.recipes.arguments import ScriptParser
+from hf_xgrad.recipes.input_errors import InputError, one_line, run_script
 
 
 @dataclasses.dataclass

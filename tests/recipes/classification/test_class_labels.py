@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from hf_xgrad.recipes.classification.labels import Labels, find_labels, labels_of_model
-from hf_xgrad.recipes.arguments import InputError
+from hf_xgrad.recipes.input_errors import InputError
 
 PAIR = Labels(("not_equivalent", "equivalent"), numbered=True)
 

@@ -32,7 +32,7 @@ def test_it_replaces_nothing_but_its_own(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "mine.txt").write_text("mine")
     for folder in (tmp_path, tmp_path / "mine.txt", tmp_path / "mine.txt" / "demo"):
         assert demo.main(["--output_dir", str(folder), *SHORT]) == 2
-        assert capsys.readouterr().err.startswith(f"demo.py: error: --output_dir {folder} ")
+        assert capsys.readouterr().err.startswith(f"hf-xgrad demo: error: --output_dir {folder} ")
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 

@@ -17,7 +17,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from hf_xgrad.recipes.language.tokenizer import train_tokenizer
+from hf_xgrad.recipes.input_errors import InputError
 from hf_xgrad.recipes.language.data import texts_from
 from hf_xgrad.recipes.language.models import (
     LanguageModelArguments,
@@ -28,7 +28,7 @@ from hf_xgrad.recipes.language.models import (
     make_model,
     make_tokenizer,
 )
-from hf_xgrad.recipes.arguments import InputError
+from hf_xgrad.recipes.language.tokenizer import train_tokenizer
 
 GPT2 = "n_embd=16,n_layer=1,n_head=2,n_positions=24"
 OTHERS = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=16,max_position_embeddings=24"

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, PreTrainedTokenizerFast
 
+from hf_xgrad import XGradTrainer
 from hf_xgrad.recipes.classification import data as glue_data
 from hf_xgrad.recipes.classification import glue as run_glue
+from hf_xgrad.recipes.classification.tasks import TASKS
 from hf_xgrad.recipes.corpora import files as text_datasets
 from hf_xgrad.recipes.corpora.acceptability import make_config, make_rows, make_tokenizer, write_rows
-from hf_xgrad.recipes.classification.tasks import TASKS
-from hf_xgrad import XGradTrainer
 from run_files import with_hub
 
 TRAIN, VALIDATION = make_rows(20, 12, seed=0)
@@ -706,7 +706,7 @@ def test_wrong_input_is_one_line_before_any_training(
     shown = capsys.readouterr()
     errors = [line for line in shown.err.splitlines() if "error" in line]
     assert len(errors) == 1
-    assert errors[0].startswith("run_glue.py: error: ")
+    assert errors[0].startswith("hf-xgrad glue: error: ")
     assert named in errors[0]
     assert shown.out == ""
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, DataCollatorForLanguageModeling, GPT2Config
 
+from hf_xgrad.recipes.input_errors import InputError
 from hf_xgrad.recipes.language import tokenizer as bpe_tokenizer
 from hf_xgrad.recipes.language.tokenizer import train_tokenizer
-from hf_xgrad.recipes.arguments import InputError
 
 TEXTS = [
     "Return the largest item of an iterable, or the largest of its arguments.\n\n    >>> max(3, 7)\n    7\n",

@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from hf_xgrad.recipes.corpora import files as text_datasets
-from hf_xgrad.recipes.arguments import InputError
 from hf_xgrad.recipes.corpora.files import Table, read_file, read_hub, split_table
+from hf_xgrad.recipes.input_errors import InputError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -14,9 +14,17 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_xgrad.recipes.corpora import acceptability
 from hf_xgrad.recipes import demo
-from hf_xgrad.recipes.corpora.acceptability import LABEL_NAMES, Pair, generate_pairs, make_config, make_rows, make_tokenizer, write_data_set
+from hf_xgrad.recipes.corpora import acceptability
+from hf_xgrad.recipes.corpora.acceptability import (
+    LABEL_NAMES,
+    Pair,
+    generate_pairs,
+    make_config,
+    make_rows,
+    make_tokenizer,
+    write_data_set,
+)
 
 PAIRS = generate_pairs(2100, seed=5)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from hf_xgrad.recipes.language import modeling as language_modeling
-from hf_xgrad.recipes.language import clm as run_clm
-from hf_xgrad.recipes.classification import glue as run_glue
 from hf_xgrad.recipes import sweep
+from hf_xgrad.recipes.classification import glue as run_glue
+from hf_xgrad.recipes.language import clm as run_clm
+from hf_xgrad.recipes.language import modeling as language_modeling
 from hf_xgrad.recipes.sweep import Point
 
 LOSSES = {
@@ -171,7 +171,7 @@ def test_other_flags_or_another_script_need_another_folder(
 ) -> None:
     short = ("--learning_rates", "0.01", "--xgrad_steps", "0", "--seeds", "1")
     assert run(tmp_path, *short, "--", "--do_train") == 0
-    for arguments in ((*short, "--", "--do_train", "--bf16"), (*short,), ("run_mlm.py", *short, "--", "--do_train")):
+    for arguments in ((*short, "--", "--do_train", "--bf16"), (*short,), ("mlm", *short, "--", "--do_train")):
         assert run(tmp_path, *arguments) == 2
         assert "holds a sweep with other settings (sweep_settings.json)" in capsys.readouterr().err
     assert len(script.asked) == 1
@@ -208,7 +208,7 @@ def test_wrong_input(
     assert run(tmp_path, *GRID, *arguments) == 2
     shown = capsys.readouterr().err
     assert message in shown
-    assert shown.startswith("sweep.py: error: ")
+    assert shown.startswith("hf-xgrad sweep: error: ")
     assert len(shown.splitlines()) == 1
 
 
@@ -231,7 +231,7 @@ def test_what_the_sweep_decides_is_not_for_the_script(
     file.write_text(f"do_train: true\n{name}: 1\n")
     for flags in (("--do_train", *flag), (str(file),)):
         assert run(tmp_path / "out", *GRID, "--", *flags) == 2
-        assert f"sweep.py: error: --{name} is not for the flags after `--`" in capsys.readouterr().err
+        assert f"hf-xgrad sweep: error: --{name} is not for the flags after `--`" in capsys.readouterr().err
     assert not script.asked
     assert not (tmp_path / "out").exists()
 
@@ -247,7 +247,7 @@ def test_unknown_scripts_and_no_learning_rates_are_refused(tmp_path: Path, capsy
     for arguments in (["run_swag.py", *GRID], ["--seeds", "1"], [*GRID, "--seed", "1"]):
         with pytest.raises(SystemExit, match="2"):
             sweep.main([*arguments, "--output_dir", str(tmp_path)])
-        assert "sweep.py: error: " in capsys.readouterr().err
+        assert "hf-xgrad sweep: error: " in capsys.readouterr().err
 
 
 def test_a_small_sweep_from_end_to_end(

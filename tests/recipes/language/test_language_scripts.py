@@ -28,19 +28,19 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_xgrad.recipes.language import data as language_data
-from hf_xgrad.recipes.language import modeling as language_modeling
+from hf_xgrad import XGradTrainer, XGradTrainingArguments
+from hf_xgrad.recipes.arguments import ScriptParser
 from hf_xgrad.recipes.corpora import python_documentation
 from hf_xgrad.recipes.language import clm as run_clm
+from hf_xgrad.recipes.language import data as language_data
 from hf_xgrad.recipes.language import mlm as run_mlm
-from hf_xgrad.recipes.language.tokenizer import train_tokenizer
-from hf_xgrad import XGradTrainer, XGradTrainingArguments
+from hf_xgrad.recipes.language import modeling as language_modeling
 from hf_xgrad.recipes.language.batches import CausalCollator, MaskingCollator
 from hf_xgrad.recipes.language.data import BlockCutter
 from hf_xgrad.recipes.language.modeling import LanguageModelTrainer, parse_flags, sample_text
 from hf_xgrad.recipes.language.models import LanguageModelArguments
+from hf_xgrad.recipes.language.tokenizer import train_tokenizer
 from run_files import with_hub
-from hf_xgrad.recipes.arguments import ScriptParser
 from tiny_models import gpt2
 
 WORDS = ("Alan", "saw", "the", "unbelievable", "thing", "and", "did", "not", "say", "what", "it", "was", "when", ".")

@@ -19,17 +19,17 @@ from accelerate.utils import LoggerType
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 
-from hf_xgrad.recipes.loop import results as loop_results
-from hf_xgrad.recipes.classification import glue as run_glue
-from hf_xgrad.recipes.loop import glue as run_glue_no_trainer
 import tiny_models
-from hf_xgrad.recipes.corpora.acceptability import make_config, make_rows, make_tokenizer, write_rows
 from hf_xgrad import WeightPredictor, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.outputs.model_card import TAGS
-from hf_xgrad.recipes.loop.arguments import LoopArguments, make_optimizer
-from run_files import history, read, same_weights, untimed, with_hub
-from hf_xgrad.recipes.results import write_json
 from hf_xgrad.recipes.arguments import ScriptParser
+from hf_xgrad.recipes.classification import glue as run_glue
+from hf_xgrad.recipes.corpora.acceptability import make_config, make_rows, make_tokenizer, write_rows
+from hf_xgrad.recipes.loop import glue as run_glue_no_trainer
+from hf_xgrad.recipes.loop import results as loop_results
+from hf_xgrad.recipes.loop.arguments import LoopArguments, make_optimizer
+from hf_xgrad.recipes.results import write_json
+from run_files import history, read, same_weights, untimed, with_hub
 
 TRAIN, VALIDATION = make_rows(20, 12, seed=0)
 QUIET = ("--disable_tqdm", "true", "--use_cpu", "--dataloader_pin_memory", "false", "--max_seq_length", "32")
@@ -460,7 +460,7 @@ def test_wrong_input_is_one_line_before_any_training(
     assert run_glue_no_trainer.main(words) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1
-    assert errors[0].startswith("run_glue_no_trainer.py: error: ")
+    assert errors[0].startswith("hf-xgrad glue-loop: error: ")
     assert named in errors[0]
 
 

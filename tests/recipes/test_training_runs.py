@@ -12,12 +12,12 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.errors import HTTPError
 
-from hf_xgrad.recipes.language import modeling as language_modeling
-from hf_xgrad.recipes.language import clm as run_clm
-from hf_xgrad.recipes.loop import clm as run_clm_no_trainer
 from hf_xgrad.outputs import hub
-from run_files import history, read, same_weights, with_hub, write_texts
+from hf_xgrad.recipes.language import clm as run_clm
+from hf_xgrad.recipes.language import modeling as language_modeling
+from hf_xgrad.recipes.loop import clm as run_clm_no_trainer
 from hf_xgrad.recipes.results import write_json
+from run_files import history, read, same_weights, with_hub, write_texts
 
 MODEL = ("--model_type", "gpt2", "--new_tokenizer_size", "270", "--block_size", "13", "--config_overrides",
          "n_embd=16,n_layer=1,n_head=2,n_positions=16,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0")  # fmt: skip
@@ -328,7 +328,7 @@ def test_a_push_that_fails_costs_nothing_else(
     said = refused(script, capsys, *SHARED, *texts, "--baseline", "--push_to_hub", "--output_dir", str(out))
     named = " --hub_model_id me/out" if script is run_clm_no_trainer else ""
     assert said == (
-        f"--push_to_hub: {out} is complete but not pushed (no route); to push it: python -m hf_xgrad push {out}{named}"
+        f"--push_to_hub: {out} is complete but not pushed (no route); to push it: hf-xgrad push {out}{named}"
     )
     for folder in (out, tmp_path / "out-baseline"):
         assert {"README.md", "model.safetensors", "eval_results.json"} <= {path.name for path in folder.iterdir()}

@@ -16,7 +16,7 @@ import pytest
 
 from hf_xgrad.recipes.corpora import python_documentation
 from hf_xgrad.recipes.corpora.python_documentation import load_texts
-from hf_xgrad.recipes.arguments import InputError
+from hf_xgrad.recipes.input_errors import InputError
 
 SCRIPTS = str(Path(python_documentation.__file__).parent)
 

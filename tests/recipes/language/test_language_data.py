@@ -17,8 +17,8 @@ import pytest
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
+from hf_xgrad.recipes.input_errors import InputError
 from hf_xgrad.recipes.language import data as language_data
-from hf_xgrad.recipes.language.tokenizer import train_tokenizer
 from hf_xgrad.recipes.language.data import (
     NO_WORD,
     BlockCutter,
@@ -28,7 +28,7 @@ from hf_xgrad.recipes.language.data import (
     read_texts,
     texts_from,
 )
-from hf_xgrad.recipes.arguments import InputError
+from hf_xgrad.recipes.language.tokenizer import train_tokenizer
 
 # Text that formats like to spoil: missing values by another name, numbers, booleans, other alphabets, line separators.
 LINES = ["NA", "null", "1e-5", "true", "", " two  spaces ", "naïve café 文", "a\u2028b\u0085c", "nan", "-", "007"]

@@ -1,0 +1,1 @@
+"""What the command `hf-xgrad` runs: fine-tuning, pretraining, sweeps, the demonstration."""

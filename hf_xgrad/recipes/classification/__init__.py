@@ -1,0 +1,1 @@
+"""GLUE, and other texts with labels."""

@@ -1,0 +1,1 @@
+"""Texts: read from files, made, and those that come with Python."""

@@ -1,0 +1,1 @@
+"""The same without the Trainer, under Accelerate."""
