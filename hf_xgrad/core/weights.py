@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -115,28 +116,22 @@ class Weights:
 
     def _look(self) -> list[Any] | None:
         """What the plan depends on; None where it cannot be kept, as something is still to come."""
-        groups, form = self.groups(), self._registered
+        groups, form, state = self.groups(), self._registered, self.optimizer.state
         params = list(chain.from_iterable(map(_PARAMS, groups)))
         if UninitializedParameter in map(type, params):
             return None
+        # Only closed forms read them. Some optimizers keep numbers beside the states of their parameters.
+        states = list(filter(partial(type.__instancecheck__, dict), state.values() if form is not None else ()))
         return [
             list(map(id, groups)),
             list(map(len, map(_PARAMS, groups))),
             list(map(id, params)),
             self.addresses(params),
             *(list(map(fact, params)) for fact in _FACTS),
-            *([] if form is None else self._facts_of_state(form)),
+            [] if form is None else [form.obstacle(self.optimizer, group) for group in groups],
+            list(map(id, states)),
+            list(map(len, states)),
         ]
-
-    def _facts_of_state(self, form: ClosedForm) -> list[Any]:
-        states: list[Any] = list(self.optimizer.state.values())
-        try:
-            sizes = list(map(len, states))
-        except TypeError:  # some optimizers keep a count of all their steps beside the states of their parameters
-            states = [state for state in states if isinstance(state, dict)]
-            sizes = list(map(len, states))
-        obstacles = [form.obstacle(self.optimizer, group) for group in self.groups()]
-        return [obstacles, id(self.optimizer.state), list(map(id, states)), sizes]
 
     def _plan(self) -> None:
         chunks: list[Chunk] = []
