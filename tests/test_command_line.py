@@ -1,9 +1,10 @@
-"""`python -m hf_xgrad`."""
+"""The command `hf-xgrad`, which `python -m hf_xgrad` is, too."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import hf_xgrad
-from hf_xgrad import __main__ as command_line
+from hf_xgrad import cli as command_line
 
 ROOT = Path(hf_xgrad.__file__).resolve().parent.parent
 ROWS = command_line.read_table()["optimizers"]
@@ -25,7 +26,7 @@ def test_as_a_user_runs_it(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 2, run.stderr
     assert run.stdout == ""
-    assert run.stderr.strip().splitlines()[-1].startswith("error: --optim adamw_troch: no such name.")
+    assert run.stderr.strip().splitlines()[-1].startswith("hf-xgrad: error: --optim adamw_troch: no such name;")
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -110,7 +111,7 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: 
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([], ["optimisers"], ["optimizers", "text", "--optim", "sgd"], ["env", "more"]),
+        *(["optimisers"], ["optimizers", "text", "--optim", "sgd"], ["env", "more"]),
         *(["plot"], ["plot", "run", "--json"], ["plot", "run", "-o"]),
     ],
 )
@@ -152,6 +153,57 @@ def test_the_table_needs_no_library(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert {name.partition(".")[0] for name in set(sys.modules) - before} <= {"hf_xgrad"}
 
 
+# ---- the commands ----
+
+COMMANDS = ("glue", "clm", "mlm", "glue-loop", "clm-loop", "sweep", "demo", "plot", "push", "optimizers", "env")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_all_commands_are_listed(arguments: list[str]) -> None:
+    """At once: what takes seconds to import is not needed for that."""
+    code = f"""
+import sys
+from hf_xgrad.cli import main
+try:
+    main({arguments})
+except SystemExit as end:
+    assert end.code == 0
+heavy = {{"torch", "transformers", "datasets", "accelerate", "numpy", "matplotlib"}} & set(sys.modules)
+print("heavy:", sorted(heavy))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    shown = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    *text, heavy = shown.stdout.splitlines()
+    assert heavy == "heavy: []"
+    listed = [line.split()[0] for line in text if re.match(r" {4}[a-z]", line)]
+    assert listed == list(COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command_line.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"hf_xgrad {hf_xgrad.__version__}\n"
+
+
+@pytest.mark.parametrize("name", command_line.RECIPES)
+def test_each_recipe_has_flags_of_its_own(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And wrong ones are answered in one line, by the name that was called."""
+    with pytest.raises(SystemExit) as end:
+        command_line.main([name, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: hf-xgrad {name} ")
+    assert "--output_dir" in shown
+
+
+@pytest.mark.parametrize("name", [name for name in command_line.RECIPES if name not in ("sweep", "demo")])
+def test_unknown_flags_are_named(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert command_line.main([name, "--output_dir", str(tmp_path / "out"), "--lerning_rate", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"hf-xgrad {name}: error: unknown argument --lerning_rate; did you mean --learning_rate")
+
+
 # ---- push ----
 
 
@@ -173,5 +225,5 @@ def test_what_cannot_be_pushed_is_one_line(
             (folder / file).write_text("{}")
     assert command_line.main(["push", str(folder)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {folder} was not pushed: ")
+    assert line.startswith(f"hf-xgrad: error: {folder} was not pushed: ")
     assert said in line

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer
 
 import hf_xgrad
+from hf_xgrad import cli
 from hf_xgrad.recipes.arguments import ScriptParser
 from hf_xgrad.trainer.arguments import EXTRA_OPTIMIZERS
 from tiny_models import Sentences, arguments, bert
@@ -70,20 +71,28 @@ def test_the_mixin_of_readme_fits_any_trainer(tmp_path: Path) -> None:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Every script with its flags, as the command blocks of README and docs/ call it."""
+    """Every command of `hf-xgrad` or file in scripts/ with its flags, as the blocks of README and docs/ call it."""
     found = []
     for page in PAGES:
         text = "\n".join(blocks("bash", page.read_text(encoding="utf-8"))).replace("\\\n", " ")
         for line in text.splitlines():
             words = shlex.split(line, comments=True)
-            names = [word for word in words if word.startswith("scripts/") and word.endswith(".py")]
-            if names:
-                flags = words[words.index(names[0]) + 1 :]
-                found.append((Path(names[0]).stem, flags))
+            if words[:1] == ["hf-xgrad"] and len(words) > 1:
+                found.append((words[1], words[2:]))
+            of_recipes = [word for word in words if word.startswith("hf_xgrad.recipes.")]
+            if of_recipes:
+                names = {f"hf_xgrad.recipes.{module}": name for name, (module, _) in cli.RECIPES.items()}
+                found.append((names[of_recipes[0]], words[words.index(of_recipes[0]) + 1 :]))
+            scripts = [word for word in words if word.startswith("scripts/") and word.endswith(".py")]
+            if scripts:
+                found.append((scripts[0], words[words.index(scripts[0]) + 1 :]))
     return found
 
 
-@pytest.mark.parametrize(("script", "flags"), [c for c in commands() if c[0] not in ("demo", "benchmark_step")])
+PARSED = ("glue", "clm", "mlm", "scripts/run_", "scripts/tools/scaling.py")
+
+
+@pytest.mark.parametrize(("script", "flags"), [c for c in commands() if c[0].startswith(PARSED)])
 def test_the_commands_shown_have_flags_that_exist(
     script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -100,14 +109,22 @@ def test_the_commands_shown_have_flags_that_exist(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ScriptParser, "parse", parse_and_stop)
+    module = f"hf_xgrad.recipes.{cli.RECIPES[script][0]}" if script in cli.RECIPES else Path(script).stem
     with pytest.raises(Parsed):
-        importlib.import_module(script).main(flags)
+        importlib.import_module(module).main(flags)
 
 
-def test_each_script_has_a_page_and_readme_links_it() -> None:
-    for script in ("run_glue", "run_clm", "run_mlm", "run_glue_no_trainer", "run_clm_no_trainer"):
-        assert any(name == script for name, _ in commands())
-        assert f"(docs/{script}.md)" in README
+def test_all_commands_shown_are_there() -> None:
+    known = {line.split()[0] for line in cli.parser().format_help().splitlines() if line.startswith("    ")}
+    for name, _ in commands():
+        assert name in known or (ROOT / name).is_file(), name
+
+
+def test_each_recipe_has_a_page_and_readme_links_it() -> None:
+    pages = {"glue": "run_glue", "clm": "run_clm", "mlm": "run_mlm"}
+    for recipe, page in {**pages, "glue-loop": "run_glue_no_trainer", "clm-loop": "run_clm_no_trainer"}.items():
+        assert any(name in (recipe, f"scripts/{page}.py") for name, _ in commands())
+        assert f"(docs/{page}.md)" in README
 
 
 def test_the_links_between_pages_lead_somewhere() -> None:
@@ -127,7 +144,7 @@ def test_every_setting_of_xgrad_is_in_readme() -> None:
 
 def test_the_files_that_readme_names_are_there() -> None:
     for name in re.findall(r"`([\w/]+\.(?:py|txt|md|cff|json))`", README):
-        folders = (".", "hf_xgrad", "hf_xgrad/core", "scripts")
+        folders = (".", "hf_xgrad", "hf_xgrad/core", "hf_xgrad/outputs")
         assert any((ROOT / folder / name).is_file() for folder in folders), name
 
 

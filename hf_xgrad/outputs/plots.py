@@ -153,7 +153,7 @@ def _needing_matplotlib() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'hf_xgrad[plots]'") from error
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
 
 
 def _own_style() -> AbstractContextManager[None]:

@@ -1,7 +1,7 @@
 """Trains a small model on the embedded data set, with XGrad and without, and shows both side by side.
 
-    python scripts/demo.py                  (what `make demo` runs: a minute or two, on one processor core)
-    python scripts/demo.py --seed 2         (further flags go to run_glue.py)
+    hf-xgrad demo                  (what `make demo` runs: a minute or two, on one processor core)
+    hf-xgrad demo --seed 2         (further flags go to `hf-xgrad glue`)
 
 One pair of runs shows how the two are compared, not which is better: from seed to seed the accuracy varies by several
 points in both. The settings were chosen for time and for a level between guessing and 100 %.
@@ -73,7 +73,7 @@ def _clear(folder: Path) -> None:
         raise InputError(f"--output_dir {folder} is not empty and not an earlier demonstration's")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).write_text("The next run of scripts/demo.py replaces this folder.\n", encoding="utf-8")
+        (folder / MARK).write_text("The next run of `hf-xgrad demo` replaces this folder.\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"--output_dir {folder} cannot be written: {error.strerror}") from error
 

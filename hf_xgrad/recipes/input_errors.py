@@ -16,7 +16,7 @@ class InputError(Exception):
 
 
 def one_line(error: object) -> str:
-    """Return an error's message without line breaks, so that it can stand after `script.py: error:`."""
+    """Return an error's message without line breaks, so that it can stand after `hf-xgrad: error:`."""
     return re.sub(r"\s+", " ", str(error)).strip()
 
 

@@ -1,11 +1,11 @@
 """Runs one of the training scripts for several s (steps predicted ahead), learning rates and seeds, and compares them.
 
-    python scripts/sweep.py --xgrad_steps 0 1 2 3 --learning_rates 1e-3 2e-3 --seeds 1 2 3 --output_dir outputs/sweep
-    python scripts/sweep.py run_glue.py --xgrad_steps 0 1 --learning_rates 2e-5 5e-5 --seeds 1 2 3 \\
+    hf-xgrad sweep --xgrad_steps 0 1 2 3 --learning_rates 1e-3 2e-3 --seeds 1 2 3 --output_dir outputs/sweep
+    hf-xgrad sweep glue --xgrad_steps 0 1 --learning_rates 2e-5 5e-5 --seeds 1 2 3 \\
         --output_dir outputs/sweep-cola -- --model_name_or_path google-bert/bert-base-cased --task_name cola \\
         --do_train --do_eval
 
-What stands after `--` goes to the script, run_clm.py if none is named. s = 0 is the plain optimizer; with `auto` s is
+What stands after `--` goes to the recipe, clm if none is named. s = 0 is the plain optimizer; with `auto` s is
 chosen while training. A sweep that was cut off goes on where it was when it is started again.
 """
 

@@ -122,7 +122,7 @@ def extra_optimizer(args: TrainingArguments) -> tuple[type, dict[str, Any]]:
             import pytorch_optimizer
         except ImportError as error:
             raise ImportError(
-                "optim='adabelief' needs the pytorch-optimizer library: pip install 'hf_xgrad[adabelief]'"
+                "optim='adabelief' needs the pytorch-optimizer library: pip install pytorch-optimizer"
             ) from error
         optimizer_class = pytorch_optimizer.AdaBelief
     else:

@@ -236,8 +236,8 @@ def push_again(client: Clients, outcome: Outcome) -> dict[str, Any]:
     """Run the command that the error names, as whoever is logged in."""
     (note,) = outcome.notes
     words = shlex.split(note[note.index("hf-xgrad push") :])
-    assert words[:4] == ["python", "-m", "hf_xgrad", "push"]
-    return client(hub_runs.command, token=TOKEN, words=words[3:]).unwrap()
+    assert words[:2] == ["hf-xgrad", "push"]
+    return client(hub_runs.command, token=TOKEN, words=words[1:]).unwrap()
 
 
 @pytest.mark.parametrize(("kind", "xet"), CASES, ids=[kind + "_xet" * xet for kind, xet in CASES])

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from hf_xgrad.recipes import runs as training_runs
-from hf_xgrad import XGradTrainer, XGradTrainingArguments, plots
-from hf_xgrad import __main__ as command_line
+from hf_xgrad.outputs.files import SETTINGS_FILE, STATE_FILE
+from hf_xgrad import XGradTrainer, XGradTrainingArguments
+from hf_xgrad.outputs import plots
+from hf_xgrad import cli as command_line
 from hf_xgrad.outputs.plots import STYLES, PlotError, group_runs, plot_folders, plot_runs, read_run
 from tiny_models import Sentences, arguments, bert
 
-ROOT = Path(plots.__file__).resolve().parent.parent
+ROOT = Path(plots.__file__).resolve().parent.parent.parent
 Log = list[dict[str, Any]]
 
 
@@ -368,7 +369,7 @@ def test_without_matplotlib(
             draw()
     run = write_run(tmp_path / "run", log(1.0))
     assert command_line.main(["plot", str(run), "-o", str(tmp_path / "a.png")]) == 2
-    assert "hf_xgrad[plots]" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
 
 
@@ -435,7 +436,7 @@ def test_files_that_are_none_of_a_run(
         assert command_line.main(["plot", str(path), "-o", str(tmp_path / "a.png")]) == 2
         out, err = capsys.readouterr()
         assert out == ""
-        assert err.startswith(f"error: {file}")
+        assert err.startswith(f"hf-xgrad: error: {file}")
         assert said in err
         assert err.count("\n") == 1
     assert not (tmp_path / "a.png").exists()

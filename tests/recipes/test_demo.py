@@ -36,7 +36,7 @@ def test_it_replaces_nothing_but_its_own(tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_further_flags_are_checked_by_run_glue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_further_flags_are_checked_by_glue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         demo.main(["--output_dir", str(tmp_path / "demo"), "--sede", "3"])
     assert caught.value.code == 2

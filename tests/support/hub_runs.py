@@ -268,12 +268,12 @@ def load(name: str, *, lora: bool = False) -> dict[str, torch.Tensor]:
 
 
 def command(words: list[str]) -> dict[str, Any]:
-    """`python -m hf_xgrad`: what it prints, and its exit status."""
-    import hf_xgrad.__main__
+    """`hf-xgrad`: what it prints, and its exit status."""
+    import hf_xgrad.cli
 
     output, errors = io.StringIO(), io.StringIO()
     with redirect_stdout(output), redirect_stderr(errors):
-        status = hf_xgrad.__main__.main(words)
+        status = hf_xgrad.cli.main(words)
     print(output.getvalue(), errors.getvalue())
     return {"status": status, "output": output.getvalue(), "errors": errors.getvalue()}
 

@@ -1,4 +1,4 @@
-"""The data of run_glue.py: its flags, and how they become texts with numbered labels, split by split."""
+"""The data of `hf-xgrad glue`: its flags, and how they become texts with numbered labels, split by split."""
 
 import dataclasses
 import logging

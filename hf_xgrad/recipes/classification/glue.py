@@ -1,9 +1,9 @@
 """Fine-tunes a model with XGrad on a GLUE task, or on any other texts (or pairs of texts) that have labels.
 
-    python scripts/run_glue.py --model_name_or_path bert-base-cased --task_name mrpc --do_train --do_eval \\
+    hf-xgrad glue --model_name_or_path bert-base-cased --task_name mrpc --do_train --do_eval \\
         --output_dir outputs/mrpc --num_train_epochs 3 --baseline
 
-`run_glue.py settings.yaml --seed 3` takes its flags from a file first. See --help for all of them.
+`hf-xgrad glue settings.yaml --seed 3` takes its flags from a file first. See --help for all of them.
 """
 
 import sys

@@ -1,10 +1,10 @@
 """Trains a causal language model with XGrad: fine-tunes one, or pretrains a new one.
 
-    python scripts/run_clm.py --model_name_or_path openai-community/gpt2 --dataset_name Salesforce/wikitext \\
+    hf-xgrad clm --model_name_or_path openai-community/gpt2 --dataset_name Salesforce/wikitext \\
         --dataset_config_name wikitext-2-raw-v1 --do_train --do_eval --output_dir outputs/wikitext --baseline
-    python scripts/run_clm.py          (a small Llama on the documentation that comes with Python, no network)
+    hf-xgrad clm          (a small Llama on the documentation that comes with Python, no network)
 
-`run_clm.py settings.yaml --seed 3` takes its flags from a file first. See --help for all of them.
+`hf-xgrad clm settings.yaml --seed 3` takes its flags from a file first. See --help for all of them.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
 """Trains a masked language model with XGrad: goes on with one, or pretrains a new one.
 
-    python scripts/run_mlm.py --model_name_or_path FacebookAI/roberta-base --dataset_name Salesforce/wikitext \\
+    hf-xgrad mlm --model_name_or_path FacebookAI/roberta-base --dataset_name Salesforce/wikitext \\
         --dataset_config_name wikitext-2-raw-v1 --do_train --do_eval --output_dir outputs/wikitext --baseline
-    python scripts/run_mlm.py          (a small ModernBERT on the documentation that comes with Python, no network)
+    hf-xgrad mlm          (a small ModernBERT on the documentation that comes with Python, no network)
 
-`run_mlm.py settings.yaml --seed 3` takes its flags from a file first. See --help for all of them.
+`hf-xgrad mlm settings.yaml --seed 3` takes its flags from a file first. See --help for all of them.
 """
 
 import dataclasses

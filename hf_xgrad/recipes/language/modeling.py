@@ -1,6 +1,6 @@
 """A run of a language modelling script, causal or masked: from its flags to the files that it leaves.
 
-The evaluation loss is that of token_scores.py: every predicted token counts the same, over all rows, batches and
+The evaluation loss is that of scores.py: every predicted token counts the same, over all rows, batches and
 processes. So does the training loss within an accumulation window.
 """
 
@@ -125,7 +125,7 @@ class Prepared:
 
 
 class LanguageModelTrainer(XGradTrainer):
-    """XGradTrainer with the scores of token_scores.py.
+    """XGradTrainer with the scores of scores.py.
 
     Args:
         shifted: whether a token's logits are for the token after it, as in causal models.

@@ -159,7 +159,7 @@ def check_looks_back(model: Any) -> None:
     tolerance = 64 * torch.finfo(logits.dtype).eps * logits.abs().max()
     if (logits[0, :-1] - logits[1, :-1]).abs().max() > tolerance:
         raise InputError(
-            f"a model of type {model.config.model_type} sees the tokens that it is to predict: train it by run_mlm.py "
+            f"a model of type {model.config.model_type} sees the tokens that it is to predict: train it by `mlm` "
             "(or make a new one that looks back only: --config_overrides is_decoder=true, where its type has that)"
         )
 

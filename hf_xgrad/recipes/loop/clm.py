@@ -4,7 +4,7 @@
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 --do_train --do_eval \\
         --output_dir outputs/wikitext --baseline
 
-The twin of run_clm.py without the Trainer: the same flags (fewer of them), losses and files. `python` starts it, too.
+The twin of `hf-xgrad clm` without the Trainer: the same flags (fewer of them), losses and files.
 """
 
 import math
@@ -59,7 +59,7 @@ def _run(arguments: list[str], prog: str) -> None:
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train or --do_eval")
     if data_args.streaming:
-        raise InputError("--streaming is not for this loop, which counts the steps of an epoch; run_clm.py has it")
+        raise InputError("--streaming is not for this loop, which counts the steps of an epoch; `hf-xgrad clm` has it")
     model_args.check()
     check_data(data_args, args)
     check_run(run_args, args)
@@ -78,7 +78,7 @@ def pretrain_or_fine_tune(
     set_seed(args.seed)
     model = make_language_model(prepared)
     if getattr(model.config, "output_router_logits", False):
-        raise InputError("this loop leaves out what a mixture of experts adds to its loss; run_clm.py has it")
+        raise InputError("this loop leaves out what a mixture of experts adds to its loss; `hf-xgrad clm` has it")
     rows = prepared.blocks.get("validation")
     loader = None if rows is None else make_loader(accelerator, args, rows, prepared.collator, train=False)
 

@@ -3,7 +3,7 @@
     accelerate launch scripts/run_glue_no_trainer.py --model_name_or_path bert-base-cased --task_name mrpc \\
         --do_train --do_eval --output_dir outputs/mrpc --num_train_epochs 3 --baseline
 
-The twin of run_glue.py without the Trainer: the same flags (fewer of them), losses and files. `python` starts it, too.
+The twin of `hf-xgrad glue` without the Trainer: the same flags (fewer of them), losses and files.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A training loop in plain PyTorch and Accelerate, with XGrad: what both *_no_trainer.py scripts share.
+"""A training loop in plain PyTorch and Accelerate, with XGrad: what glue-loop and clm-loop share.
 
 Flags have the names, the defaults and the meaning that they have for the Trainer, and so have the files of a run. On
 the same seed the losses are those of the Trainer.

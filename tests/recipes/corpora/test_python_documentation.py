@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+import hf_xgrad
 from hf_xgrad.recipes.corpora import python_documentation
 from hf_xgrad.recipes.corpora.python_documentation import load_texts
 from hf_xgrad.recipes.input_errors import InputError
 
-SCRIPTS = str(Path(python_documentation.__file__).parent)
+ROOT = str(Path(hf_xgrad.__file__).parent.parent)
 
 
 def paragraphs(texts: list[str]) -> list[str]:
@@ -64,7 +65,7 @@ before = set(sys.modules)
 print(test.digest(test.load_texts()), sorted(set(sys.modules) - before - {"pydoc_data", "pydoc_data.topics"}))
 """
     hashes = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    folders = os.pathsep.join((SCRIPTS, str(Path(__file__).parent)))
+    folders = os.pathsep.join((ROOT, str(Path(__file__).parent)))
     environment = os.environ | {"PYTHONHASHSEED": hashes, "PYTHONPATH": folders}
     run = [sys.executable, "-W", "error", "-c", code]
     output = subprocess.run(run, check=True, env=environment, capture_output=True, text=True).stdout
