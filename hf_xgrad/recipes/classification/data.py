@@ -125,19 +125,19 @@ def read_data(data_args: DataArguments, args: Any, config: PreTrainedConfig, hub
     sources = _find_sources(data_args, hub)
     _check_splits(sources, args)
     text_columns = _text_columns(data_args, next(iter(sources.values())))
+    columns = (text_columns, data_args.label_column)
+    train = _read(sources["train"], *columns) if "train" in sources else None
+    labels, why = _labels(data_args, sources["train"].name if train else "", train and train[1], config)
+    kind = "regression" if labels.regression else f"{labels.problem_type}, {len(labels.names)} classes"
+    logger.info("Labels: %s, since %s", kind, why)
+    metrics, combined = _metrics(data_args, labels)
     read: dict[str, Dataset] = {}
-    values: dict[str, list[Any]] = {}
     for split, source in sources.items():
         if split not in TEST_SPLITS:
-            read[split], values[split] = _read(source, text_columns, data_args.label_column)
+            data, values = train if train and split == "train" else _read(source, *columns)
+            read[split] = data.add_column("labels", labels.encode(values, source.name))
         elif args.do_predict:
             read[split], _ = _read(source, text_columns)
-    labels, why = _labels(data_args, sources, values, config)
-    kind = "a regression" if labels.regression else f"{labels.problem_type} of {len(labels.names)} classes"
-    logger.info("This is %s: %s", kind, why)
-    metrics, combined = _metrics(data_args, labels)
-    for split, of_split in values.items():
-        read[split] = read[split].add_column("labels", labels.encode(of_split, sources[split].name))
     if args.do_eval and "validation" not in read:
         read["train"], read["validation"] = _hold_out(sources["train"].name, read["train"], data_args, args, labels)
     limits = {
@@ -219,14 +219,14 @@ def _text_columns(data_args: DataArguments, source: _Source) -> tuple[str, ...]:
 
 
 def _labels(
-    data_args: DataArguments, sources: dict[str, _Source], values: dict[str, list[Any]], config: PreTrainedConfig
+    data_args: DataArguments, source: str, train: list[Any] | None, config: PreTrainedConfig
 ) -> tuple[Labels, str]:
     """Return the labels, and why they are those."""
     if data_args.task is not None:
         return data_args.task.labels, "--task_name says so"
-    if "train" in values:
-        return find_labels(values["train"], sources["train"].name, data_args.problem_type)
-    return labels_of_model(names_by_number(config), config.problem_type), "so the model was trained"
+    if train is not None:
+        return find_labels(train, source, data_args.problem_type)
+    return labels_of_model(names_by_number(config), config.problem_type), "the model was trained so"
 
 
 def _metrics(data_args: DataArguments, labels: Labels) -> tuple[tuple[str, ...], bool]:
