@@ -7,9 +7,11 @@ file has no quoting, which is the format's definition and how GLUE's own files a
 import csv
 import gzip
 import json
+import os
 import reprlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,8 @@ def texts_of_files(
 ) -> Dataset | IterableDataset:
     """Return one column of files, checked: kept on disk or, with `streaming`, read in passing."""
     # What is on disk is found again by these settings: size and time tell a file that was written anew.
-    stamped = [(file, *_stamp(file)) for file in files]
+    stamps = [os.stat(file) for file in files]
+    stamped = [(file, at.st_size, at.st_mtime_ns) for file, at in zip(files, stamps, strict=True)]
     settings = {"files": stamped, "column": column, "keep_linebreaks": keep_linebreaks}
     features = Features({column: Value("string")})
     if streaming:
@@ -136,14 +139,6 @@ def _suffix(file: str) -> str:
     return suffix
 
 
-def _stamp(file: str) -> tuple[int, int]:
-    try:
-        found = Path(file).stat()
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
-    return found.st_size, found.st_mtime_ns
-
-
 def _texts(files: list[tuple[str, int, int]], column: str, keep_linebreaks: bool) -> Iterator[Row]:
     for file, *_ in files:
         yield from check_rows(file, read_rows(file, [column], keep_linebreaks=keep_linebreaks), [column])
@@ -182,19 +177,7 @@ def _lines(file: str, newline: str | None = None) -> Iterator[str]:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _read_txt(file: str, _: Sequence[str] | None) -> Iterator[Row]:
-    return ({"text": line} for line in _lines(file))
-
-
-def _read_csv(file: str, columns: Sequence[str] | None) -> Iterator[Row]:
-    return _read_delimited(file, columns, "; texts with a comma need quotes", delimiter=",", strict=True)
-
-
-def _read_tsv(file: str, columns: Sequence[str] | None) -> Iterator[Row]:
-    return _read_delimited(file, columns, "", delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _read_delimited(file: str, columns: Sequence[str] | None, hint: str, **dialect: Any) -> Iterator[Row]:
+def _read_delimited(file: str, columns: Sequence[str] | None, hint: str = "", **dialect: Any) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(_lines(file, newline=""), **dialect)
     try:
@@ -213,13 +196,12 @@ def _read_delimited(file: str, columns: Sequence[str] | None, hint: str, **diale
 
 def _read_json(file: str, _: Sequence[str] | None) -> Iterator[Row]:
     lines = ((number, line) for number, line in enumerate(_lines(file), start=1) if line.strip())
-    first, line = next(lines, (1, ""))
-    if line.lstrip().startswith("["):
-        everything = "".join(_lines(file))
-        rows = ((f"row {row}", value) for row, value in enumerate(_parse(file, 1, everything), start=1))
+    first = next(lines, None)
+    if first is not None and first[1].lstrip().startswith("["):
+        values = _parse(file, 1, "".join(_lines(file)))
+        rows = ((f"row {row}", value) for row, value in enumerate(values, start=1))
     else:
-        # An iterator that is empty where the file is.
-        left = chain([(first, line)] if line else [], lines)
+        left = chain([first] if first else [], lines)
         rows = ((f"line {number}", _parse(file, number, text.rstrip())) for number, text in left)
     for place, value in rows:
         if not isinstance(value, dict):
@@ -233,11 +215,10 @@ def _parse(file: str, line: int, text: str) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {line + error.lineno - 1}"
         raise InputError(f"{file}, {place}: {error.msg} (column {error.colno})") from error
-    except RecursionError as error:
-        raise InputError(f"{file}, line {line}: brackets are nested too deeply") from error
-    except ValueError as error:
-        # A number of thousands of digits.
-        raise InputError(f"{file}, line {line}: {one_line(error)}") from error
+    except (RecursionError, ValueError) as error:
+        # The other is a number of thousands of digits.
+        wrong = "brackets are nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise InputError(f"{file}, line {line}: {wrong}") from error
 
 
 def _read_parquet(file: str, columns: Sequence[str] | None) -> Iterator[Row]:
@@ -255,9 +236,9 @@ def _read_parquet(file: str, columns: Sequence[str] | None) -> Iterator[Row]:
 
 
 _READERS: dict[str, Callable[[str, Sequence[str] | None], Iterator[Row]]] = {
-    ".txt": _read_txt,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".txt": lambda file, _: ({"text": line} for line in _lines(file)),
+    ".csv": partial(_read_delimited, hint="; texts with a comma need quotes", delimiter=",", strict=True),
+    ".tsv": partial(_read_delimited, delimiter="\t", quoting=csv.QUOTE_NONE),
     ".json": _read_json,
     ".jsonl": _read_json,
     ".parquet": _read_parquet,

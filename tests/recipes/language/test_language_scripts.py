@@ -799,9 +799,13 @@ def without_mask_token(path: Path) -> str:
 
 
 FAULTS: dict[str, tuple[str, Callable[[Path], tuple[str, ...]], str]] = {
-    "file": ("", lambda _: ("--train_file", "nowhere.txt"), "nowhere.txt does not exist"),
-    "streamed file": ("", lambda _: ("--train_file", "nowhere.txt", "--streaming"), "nowhere.txt does not exist"),
-    "column": ("", lambda _: ("--text_column", "body"), "have no column 'body'; there are text"),
+    "file": ("", lambda _: ("--train_file", "nowhere.txt"), "cannot read nowhere.txt: No such file or directory"),
+    "streamed file": (
+        "",
+        lambda _: ("--train_file", "nowhere.txt", "--streaming"),
+        "cannot read nowhere.txt: No such file or directory",
+    ),
+    "column": ("", lambda _: ("--text_column", "body"), "has no column 'body'; its columns are text"),
     "model": ("", lambda _: ("--model_type", "gpt22"), "--model_type 'gpt22' is no type of model"),
     "overrides": ("", lambda _: ("--config_overrides", "n_embdd=3"), "--config_overrides n_embdd=3: key n_embdd"),
     "attention": ("", lambda _: ("--attn_implementation", "quick"), 'attn_implementation="quick"'),
