@@ -128,6 +128,7 @@ def read_texts(
 ) -> Texts:
     """Read what the run needs; hold validation texts out where there are none. `hub` holds cache_dir and token."""
     given = {"train": data_args.train_file, "validation": data_args.validation_file}
+    held_out = ""
     if data_args.dataset_name is not None:
         splits = _read_hub(data_args, hub)
     else:
@@ -141,12 +142,17 @@ def read_texts(
             logger.warning(
                 "Evaluating on a part of the training texts: held out only where --do_eval was given then, too"
             )
+        if data_args.streaming:
+            last = data_args.validation_split_percentage
+            held_out = f": of a stream the last {last} of every hundred rows, or give --validation_file"
         splits["train"], splits["validation"] = _hold_out(splits["train"], data_args.validation_split_percentage)
     wanted = {"train": do_train, "validation": do_eval}
     splits = {split: data for split, data in splits.items() if wanted[split]}
     sources = {split: path or data_args.train_file or data_args.dataset_name for split, path in given.items()}
     columns = {
-        _text_column(f"{split} texts ({sources[split]})", data, data_args.text_column)
+        _text_column(
+            f"{split} texts ({sources[split]}{held_out * (split == 'validation')})", data, data_args.text_column
+        )
         for split, data in splits.items()
     }
     if len(columns) > 1:
@@ -272,7 +278,7 @@ class BlockCutter:
 
     With `masked`, rows stand between the tokenizer's special tokens and have `word_ids`: the number of the word that a
     token belongs to, with `whole_words`, else of the token. With `by_line`, every text is a row of its own, cut off at
-    `size`.
+    `size`. The usual `group_texts` drops what is left over of each batch, and masks among the texts' special tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -286,6 +292,10 @@ class BlockCutter:
         if self.whole_words and not self.tokenizer.is_fast:
             raise InputError(
                 f"--whole_word_masking needs a fast tokenizer; {type(self.tokenizer).__name__} does not tell words"
+            )
+        if self.size < (1 + self.tokenizer.num_special_tokens_to_add() if self.masked else 2):
+            raise InputError(
+                f"rows of {self.size} tokens, as many as the model takes, have no room for a token to predict"
             )
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:

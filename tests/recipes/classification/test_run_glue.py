@@ -748,9 +748,8 @@ def test_a_bug_is_not_taken_for_wrong_input(
 
 
 def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    root = Path(run_glue.__file__).parents[1]
-    paths = {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, str(Path(run_glue.__file__))]
+    paths = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "-m", run_glue.__name__]
     return subprocess.run([*script, *arguments], capture_output=True, text=True, env=os.environ | paths, timeout=300)
 
 
@@ -772,7 +771,9 @@ def test_the_exit_status_of_the_command(tmp_path: Path, model: str, data: tuple[
     assert wrong.returncode == 2
     assert wrong.stdout == ""
     tasks = "cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli"
-    assert wrong.stderr.splitlines()[-1] == f"run_glue.py: error: unknown task 'colla'; --task_name is one of {tasks}"
+    assert (
+        wrong.stderr.splitlines()[-1] == f"{run_glue.PROG}: error: unknown task 'colla'; --task_name is one of {tasks}"
+    )
     assert wrong.stderr.count("error:") == 1
     assert "Traceback" not in wrong.stderr
 

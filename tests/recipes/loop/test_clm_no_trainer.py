@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from hf_xgrad import WeightPredictor
 from hf_xgrad.recipes.language import clm as run_clm
+from hf_xgrad.recipes.language import modeling as language_modeling
 from hf_xgrad.recipes.loop import clm as run_clm_no_trainer
 from run_files import history, read, same_weights, untimed, write_texts
 
@@ -134,7 +135,7 @@ def test_without_any_flags_the_settings_are_the_twins(tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_clm_no_trainer, "prepare", prepare)
+    monkeypatch.setattr(language_modeling, "prepare", prepare)
     with pytest.raises(KeyboardInterrupt):
         run("--seed", "3")
     _, model_args, data_args, args = asked[0]
