@@ -128,7 +128,6 @@ def read_texts(
 ) -> Texts:
     """Read what the run needs; hold validation texts out where there are none. `hub` holds cache_dir and token."""
     given = {"train": data_args.train_file, "validation": data_args.validation_file}
-    held_out = ""
     if data_args.dataset_name is not None:
         splits = _read_hub(data_args, hub)
     else:
@@ -144,15 +143,13 @@ def read_texts(
             )
         if data_args.streaming:
             last = data_args.validation_split_percentage
-            held_out = f": of a stream the last {last} of every hundred rows, or give --validation_file"
+            given["validation"] = f"of a stream the last {last} of every hundred rows, or give --validation_file"
         splits["train"], splits["validation"] = _hold_out(splits["train"], data_args.validation_split_percentage)
     wanted = {"train": do_train, "validation": do_eval}
     splits = {split: data for split, data in splits.items() if wanted[split]}
     sources = {split: path or data_args.train_file or data_args.dataset_name for split, path in given.items()}
     columns = {
-        _text_column(
-            f"{split} texts ({sources[split]}{held_out * (split == 'validation')})", data, data_args.text_column
-        )
+        _text_column(f"{split} texts ({sources[split]})", data, data_args.text_column)
         for split, data in splits.items()
     }
     if len(columns) > 1:
@@ -294,9 +291,7 @@ class BlockCutter:
                 f"--whole_word_masking needs a fast tokenizer; {type(self.tokenizer).__name__} does not tell words"
             )
         if self.size < (1 + self.tokenizer.num_special_tokens_to_add() if self.masked else 2):
-            raise InputError(
-                f"rows of {self.size} tokens, as many as the model takes, have no room for a token to predict"
-            )
+            raise InputError(f"rows of {self.size} tokens, as the model takes them, have none to predict")
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         texts = [_checked_text(text) for text in batch[self.column]]

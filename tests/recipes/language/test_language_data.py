@@ -138,7 +138,7 @@ def test_rows_without_room_for_a_token_to_predict(
 ) -> None:
     for tokenizer, kind, least in ((masked, True, 3), (causal, False, 2)):
         BlockCutter(tokenizer, "text", least, masked=kind)
-        with pytest.raises(InputError, match=f"rows of {least - 1} tokens, as many as the model takes, have no room"):
+        with pytest.raises(InputError, match=f"rows of {least - 1} tokens, as the model takes them, have none"):
             BlockCutter(tokenizer, "text", least - 1, masked=kind)
 
 
