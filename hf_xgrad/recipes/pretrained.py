@@ -1,5 +1,6 @@
 """Loads what the model flags name: configuration, tokenizer, weights; what cannot be loaded is named in one line."""
 
+import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -89,8 +90,17 @@ def fit_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def lacks_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether the tokenizer has tokens that the model does not know."""
-    known: int = model.get_input_embeddings().weight.shape[0]
-    return _tokens(tokenizer) > known
+    return _tokens(tokenizer) > known_tokens(model)
+
+
+def known_tokens(model: Any) -> int:
+    """Return how many tokens a model embeds; sys.maxsize where it has no table of them."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        weight = None
+    # Under ZeRO-3 a weight is empty, and remembers its shape.
+    return sys.maxsize if weight is None else int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -110,8 +120,8 @@ def positions(config: PreTrainedConfig, model: nn.Module | None = None) -> int |
     RoBERTa and its like begin to count behind the number of their padding token: those before it are no use.
     """
     count: int | None = getattr(config, "max_position_embeddings", None)
-    if count is None:
-        return count
+    if count is None or count < 1:
+        return None
     if model is None:
         # The code of a model that brings its own is not run for this.
         if hasattr(config, "auto_map"):

@@ -261,7 +261,12 @@ def _checkpoint(args: Any, run_args: RunArguments, settings: dict[str, Any]) -> 
             raise InputError(f"--no_resume starts over in an empty folder only, but --output_dir {folder} has files")
         return None
     if args.resume_from_checkpoint:
-        return _checked(_given_checkpoint(args.resume_from_checkpoint), args)
+        reason = fault(args.resume_from_checkpoint)
+        if reason is not None:
+            raise InputError(
+                f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a checkpoint that is whole: {reason}"
+            )
+        return _checked(args.resume_from_checkpoint, args)
     with as_input_error(ValueError):
         checkpoint = last_checkpoint(str(folder))
     if checkpoint is not None:
@@ -288,13 +293,6 @@ def _check_settings(settings: dict[str, Any], folder: Path) -> None:
                 f"--output_dir {folder} holds a run with {name}={stored[name]}, not {value}; name a new folder "
                 "(and --resume_from_checkpoint, to go on with that run all the same)"
             )
-
-
-def _given_checkpoint(checkpoint: str) -> str:
-    reason = fault(checkpoint)
-    if reason is not None:
-        raise InputError(f"--resume_from_checkpoint {checkpoint} is not a checkpoint that is whole: {reason}")
-    return checkpoint
 
 
 def _checked(checkpoint: str, args: Any) -> str:

@@ -21,8 +21,7 @@ def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
     Where the checkpoint is already the last one of the run, its model is loaded and nothing is trained: the Trainer's
     own resuming would go one step too far if the run ends within an epoch.
     """
-    if has_length(trainer.train_dataset) and len(trainer.get_train_dataloader()) == 0:
-        raise _nothing_trained(trainer)
+    _check_batches(trainer)
     if checkpoint is None:
         return _trained(trainer, None, TrainerState())
     state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
@@ -35,9 +34,6 @@ def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
 
 def _trained(trainer: Trainer, checkpoint: str | None, before: TrainerState) -> dict[str, float]:
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if trainer.state.global_step == 0:
-        # Of a stream it shows here only.
-        raise _nothing_trained(trainer)
     tokens = trainer.state.num_input_tokens_seen - before.num_input_tokens_seen
     if tokens > 0:
         metrics["train_tokens_per_second"] = round(tokens / metrics["train_runtime"], 1)
@@ -49,15 +45,15 @@ def _trained(trainer: Trainer, checkpoint: str | None, before: TrainerState) -> 
     return metrics
 
 
-def _nothing_trained(trainer: Trainer) -> InputError:
-    args = trainer.args
+def _check_batches(trainer: Trainer) -> None:
+    """Refuse what the Trainer would take for a training of no steps."""
     data: Any = trainer.train_dataset
-    rows = f"{len(data)} rows do" if has_length(data) else "the stream does"
-    hint = "leave out --dataloader_drop_last, or " if args.dataloader_drop_last else ""
-    return InputError(
-        f"nothing to train on: {rows} not make one batch of --per_device_train_batch_size "
-        f"{args.per_device_train_batch_size} on each of {args.world_size} processes; {hint}give smaller batches"
-    )
+    if has_length(data) and len(trainer.get_train_dataloader()) == 0:
+        hint = "leave out --dataloader_drop_last, or " if trainer.args.dataloader_drop_last else ""
+        raise InputError(
+            f"nothing to train on: {len(data)} rows do not make a batch of --per_device_train_batch_size "
+            f"{trainer.args.per_device_train_batch_size} for each process; {hint}give smaller batches"
+        )
 
 
 def _total_steps(trainer: Trainer) -> int:

@@ -15,6 +15,7 @@ from hf_xgrad.recipes.pretrained import (
     NO_LIMIT,
     ensure_padding_token,
     fit_tokenizer,
+    known_tokens,
     lacks_tokens,
     load_config,
     load_model,
@@ -157,7 +158,7 @@ def check_looks_back(model: Any) -> None:
         # The others may need a device that the model is not on yet.
         return
     row = torch.arange(min(8, positions(model.config, model) or 8))
-    rows = torch.stack([row, row.clone()]) % model.get_input_embeddings().weight.shape[0]
+    rows = torch.stack([row, row.clone()]) % known_tokens(model)
     rows[1, -1] = rows[0, 0]
     everything = torch.ones_like(rows, device=model.device)
     was_training = model.training

@@ -162,7 +162,7 @@ def train(
 
                 done += len(window)
                 state.global_step, state.epoch = step, epoch + done / len(loader)
-                log.step()
+                log.tell("on_step_end")
                 if logs:
                     log.write_step(loss_of_steps, grad_norm, learning_rate, predictor.diagnostics())
                 last_of_steps = step == max_steps
@@ -234,20 +234,20 @@ class _Log:
         settings.pop("hub_token", None)
         accelerator.init_trackers(args.project, config=settings)
         state.is_world_process_zero = accelerator.is_main_process
+        state.is_local_process_zero = accelerator.is_local_main_process
         self.shown = PrinterCallback() if args.disable_tqdm else ProgressCallback()
-        self.told: Any = (args, state, TrainerControl())
-        self.shown.on_train_begin(*self.told)
+        self.tell("on_train_begin")
 
     def write(self, values: dict[str, float]) -> None:
         """Log values; they get the epoch, too."""
         values["epoch"] = self.state.epoch or 0
         self.state.log_history.append({**values, "step": self.state.global_step})
         self.accelerator.log(rewrite_logs(values), step=self.state.global_step)
-        self.shown.on_log(*self.told, logs=dict(values))
+        self.tell("on_log", logs=dict(values))
 
-    def step(self) -> None:
-        """Show that one more is made."""
-        self.shown.on_step_end(*self.told)
+    def tell(self, event: str, **what: Any) -> None:
+        """Show that something has come about, by its name among the Trainer's callbacks."""
+        getattr(self.shown, event)(self.args, self.state, TrainerControl(), **what)
 
     def write_step(self, losses: Tensor, grad_norm: Any, learning_rate: float, diagnostics: dict[str, float]) -> None:
         """Log the mean of the losses since the last time, and set them to zero."""
@@ -274,7 +274,7 @@ class _Log:
         metrics = speed_metrics("train", self.started, num_samples=seen, num_steps=steps)
         metrics["train_loss"] = (self.total_loss + self._mean_over_processes(losses)) / steps
         self.write(metrics)
-        self.shown.on_train_end(*self.told)
+        self.tell("on_train_end")
         for tracker in self.accelerator.trackers:
             tracker.finish()
         resumed = {RESUMED: self.first_step} if self.first_step else {}
