@@ -48,11 +48,10 @@ def _trained(trainer: Trainer, checkpoint: str | None, before: TrainerState) -> 
 def _check_batches(trainer: Trainer) -> None:
     """Refuse what the Trainer would take for a training of no steps."""
     data: Any = trainer.train_dataset
-    if has_length(data) and len(trainer.get_train_dataloader()) == 0:
-        hint = "leave out --dataloader_drop_last, or " if trainer.args.dataloader_drop_last else ""
+    if trainer.args.dataloader_drop_last and has_length(data) and len(trainer.get_train_dataloader()) == 0:
         raise InputError(
             f"nothing to train on: {len(data)} rows do not make a batch of --per_device_train_batch_size "
-            f"{trainer.args.per_device_train_batch_size} for each process; {hint}give smaller batches"
+            f"{trainer.args.per_device_train_batch_size} for each process: leave out --dataloader_drop_last"
         )
 
 

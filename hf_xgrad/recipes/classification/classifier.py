@@ -148,10 +148,11 @@ def _check_classes(config: PreTrainedConfig, checkpoint: str | None) -> None:
 def _classes(config: PreTrainedConfig) -> list[str]:
     if config.problem_type == "regression":
         return ["a score"]
-    return [name for _, name in sorted(names_by_number(config).items())]
+    names = [name for _, name in sorted(names_by_number(config).items())]
+    return names if config.problem_type != "multi_label_classification" else ["any of", *names]
 
 
-def _listed(names: Sequence[str], most: int = 10) -> str:
+def _listed(names: Sequence[str], most: int = 30) -> str:
     return ", ".join(names[:most]) + (f", ... ({len(names)} classes)" if len(names) > most else "")
 
 

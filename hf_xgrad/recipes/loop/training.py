@@ -95,8 +95,6 @@ def train(
     loader = make_loader(accelerator, args, data, collator, train=True)
     window_size = args.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(loader) / window_size)
-    if steps_per_epoch == 0:
-        raise InputError("nothing to train on: there are no rows")
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     if hasattr(model.config, "use_cache"):
         # Keys and values are kept to generate from, not to train.
@@ -221,10 +219,7 @@ def _save_checkpoint(accelerator: Accelerator, args: LoopArguments, state: Train
 
 
 class _Log:
-    """What a run tells while it trains: in the state's log_history, to the trackers, and to who watches.
-
-    The latter as under the Trainer, by the same callbacks.
-    """
+    """What a run tells while it trains: in the state's log_history, to trackers, and by the Trainer's callbacks."""
 
     def __init__(self, accelerator: Accelerator, args: LoopArguments, state: TrainerState) -> None:
         self.accelerator, self.args, self.state = accelerator, args, state
