@@ -1,4 +1,4 @@
-"""Runs within their output folders: what is started or resumed, and, under the Trainer, trained, saved and pushed.
+"""Runs within their output folders: what is checked, started or resumed, compared and pushed.
 
 With --baseline there are two, side by side.
 """
@@ -16,20 +16,18 @@ import datasets
 import transformers
 from accelerate import PartialState
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers import TrainingArguments
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.outputs.checkpoints import fault, last_checkpoint
-from hf_xgrad.outputs.files import SETTINGS_FILE, STATE_FILE
+from hf_xgrad.outputs.files import SETTINGS_FILE
 from hf_xgrad.outputs.hub import PUSH_ERRORS, push, push_again, push_command
 from hf_xgrad.outputs.model_card import add_comparison
 from hf_xgrad.recipes.arguments import RunArguments, ScriptParser
 from hf_xgrad.recipes.input_errors import InputError, as_input_error, check_positive, one_line
 from hf_xgrad.recipes.loop.arguments import Optim, make_optimizer, make_schedule
 from hf_xgrad.recipes.results import (
-    RESUMED,
     compare,
     format_comparison,
     read_json,
@@ -82,6 +80,15 @@ class Run:
         return Path(str(self.args.output_dir))
 
 
+def make_parser(prog: str, description: str, *kinds: Any) -> ScriptParser:
+    """Make the parser of a recipe's command line; the arguments of the Trainer, or of the loop, come last."""
+    parser = ScriptParser(*kinds, prog=prog, description=description)
+    if kinds[-1] is XGradTrainingArguments:
+        # The Trainer's own default pushes every checkpoint, before there are any results to push with it.
+        parser.set_defaults(hub_strategy="end")
+    return parser
+
+
 def set_up_logging(args: Any) -> None:
     """Show what the package says on the main process, and what the libraries say at --log_level."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
@@ -95,6 +102,9 @@ def check_run(run_args: RunArguments, args: Any) -> None:
     """Refuse flags that no run can have. `args` are TrainingArguments, or LoopArguments."""
     _check_numbers(args)
     _try_optimizer(args)
+    if isinstance(args, XGradTrainingArguments):
+        with as_input_error(ValueError, ImportError):
+            XGradTrainer.check_arguments(args)
     if args.fp16 and args.device.type == "cpu":
         raise InputError("--fp16 does nothing on a CPU: give --bf16")
     if args.eval_on_start and not args.do_eval:
@@ -148,12 +158,6 @@ def _try_optimizer(args: Any) -> None:
         raise InputError(f"{named}: {one_line(error)}") from error
 
 
-def check_optimizer_flags(args: XGradTrainingArguments) -> None:
-    """Refuse, before a model is loaded, an optimizer that the trainer would refuse."""
-    with as_input_error(ValueError, ImportError):
-        XGradTrainer.check_arguments(args)
-
-
 def plan_runs(
     parser: ScriptParser, arguments: Sequence[str], run_args: RunArguments, args: Any, *flags: Any
 ) -> list[Run]:
@@ -171,6 +175,9 @@ def plan_runs(
         of_runs.append(parser.parse([*arguments, *changed])[-1])
     runs = []
     for each in of_runs:
+        if each.device.type == "cpu":
+            # There is nothing to copy to: torch would say so of each loader.
+            each.dataloader_pin_memory = False
         settings = _settings(each, flags)
         runs.append(Run(each, _checkpoint(each, run_args, settings), settings))
     # No process writes before the others have looked.
@@ -254,7 +261,12 @@ def _checkpoint(args: Any, run_args: RunArguments, settings: dict[str, Any]) -> 
             raise InputError(f"--no_resume starts over in an empty folder only, but --output_dir {folder} has files")
         return None
     if args.resume_from_checkpoint:
-        return _checked(_given_checkpoint(args.resume_from_checkpoint), args)
+        reason = fault(args.resume_from_checkpoint)
+        if reason is not None:
+            raise InputError(
+                f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a checkpoint that is whole: {reason}"
+            )
+        return _checked(args.resume_from_checkpoint, args)
     with as_input_error(ValueError):
         checkpoint = last_checkpoint(str(folder))
     if checkpoint is not None:
@@ -283,13 +295,6 @@ def _check_settings(settings: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _given_checkpoint(checkpoint: str) -> str:
-    reason = fault(checkpoint)
-    if reason is not None:
-        raise InputError(f"--resume_from_checkpoint {checkpoint} is not a checkpoint that is whole: {reason}")
-    return checkpoint
-
-
 def _checked(checkpoint: str, args: Any) -> str:
     """Refuse the Trainer a checkpoint of a loop under Accelerate, of which it would read a part, and the reverse."""
     of_loop = (Path(checkpoint) / LOOP_FILE).is_file()
@@ -297,90 +302,3 @@ def _checked(checkpoint: str, args: Any) -> str:
         other = "a script without the Trainer" if of_loop else "a script with the Trainer"
         raise InputError(f"{checkpoint} was written by {other}: go on with that one, or name a new --output_dir")
     return checkpoint
-
-
-def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
-    """Train, from `checkpoint` if there is one, save the model and return the training metrics.
-
-    Where the checkpoint is already the last one of the run, its model is loaded and nothing is trained: the Trainer's
-    own resuming would go one step too far if the run ends within an epoch.
-    """
-    if checkpoint is None:
-        return _trained(trainer, None, TrainerState())
-    state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
-    total = _total_steps(trainer)
-    if state.global_step >= total:
-        return _load_finished(trainer, Path(checkpoint), state)
-    logger.info("Resuming from %s (step %d of %d)", checkpoint, state.global_step, total)
-    return _trained(trainer, checkpoint, state) | {RESUMED: state.global_step}
-
-
-def _trained(trainer: Trainer, checkpoint: str | None, before: TrainerState) -> dict[str, float]:
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    tokens = trainer.state.num_input_tokens_seen - before.num_input_tokens_seen
-    if tokens > 0:
-        metrics["train_tokens_per_second"] = round(tokens / metrics["train_runtime"], 1)
-    # An "internal" call is one that does not push: results and card are still to be written.
-    trainer.save_model(_internal_call=True)
-    trainer.save_state()
-    if has_length(trainer.train_dataset):
-        metrics["train_samples"] = trainer.num_examples(trainer.get_train_dataloader())
-    return metrics
-
-
-def _total_steps(trainer: Trainer) -> int:
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    per_epoch = max(1, math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps))
-    return math.ceil(args.num_train_epochs * per_epoch)
-
-
-def _load_finished(trainer: Trainer, checkpoint: Path, state: TrainerState) -> dict[str, float]:
-    best = state.best_model_checkpoint
-    if trainer.args.load_best_model_at_end and best is not None and Path(best).is_dir():
-        checkpoint = Path(best)
-    logger.info("Training is complete in %s (step %d): nothing left to train", checkpoint, state.global_step)
-    _load_weights(trainer.model, checkpoint)
-    results = Path(str(trainer.args.output_dir))
-    has_state = (results / STATE_FILE).is_file()
-    # That of the folder has the end of the training, too.
-    trainer.state = TrainerState.load_from_json(str(results / STATE_FILE)) if has_state else state
-    # The card says which one it was.
-    trainer.create_optimizer()
-    trainer.save_model(_internal_call=True)
-    if not has_state:
-        trainer.save_state()
-    return read_json(results / "train_results.json")
-
-
-def _load_weights(model: Any, folder: Path) -> None:
-    if hasattr(model, "peft_config"):
-        import peft
-
-        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
-        return
-    stored = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
-    model.load_state_dict(stored.state_dict())
-
-
-def record(trainer: Trainer, kind: str, metrics: dict[str, float]) -> dict[str, float]:
-    """Show metrics, write them to <kind>_results.json and all_results.json, and return them."""
-    if metrics:
-        trainer.log_metrics(kind, metrics)
-        trainer.save_metrics(kind, metrics)
-    return metrics
-
-
-def write_card(trainer: Trainer, card: dict[str, Any]) -> None:
-    """Write the card of a trained model."""
-    if not trainer.args.do_train:
-        return
-    if trainer.args.push_to_hub:
-        # Trackers may have something to add to what is pushed.
-        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
-    model: Any = trainer.model
-    if hasattr(model, "peft_config"):
-        # peft rewrites the tags of the card, from those of the model.
-        model.get_base_model().add_model_tags(card["tags"])
-    trainer.create_model_card(**card)

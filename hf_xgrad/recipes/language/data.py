@@ -141,6 +141,9 @@ def read_texts(
             logger.warning(
                 "Evaluating on a part of the training texts: held out only where --do_eval was given then, too"
             )
+        if data_args.streaming:
+            last = data_args.validation_split_percentage
+            given["validation"] = f"of a stream the last {last} of every hundred rows, or give --validation_file"
         splits["train"], splits["validation"] = _hold_out(splits["train"], data_args.validation_split_percentage)
     wanted = {"train": do_train, "validation": do_eval}
     splits = {split: data for split, data in splits.items() if wanted[split]}
@@ -272,7 +275,7 @@ class BlockCutter:
 
     With `masked`, rows stand between the tokenizer's special tokens and have `word_ids`: the number of the word that a
     token belongs to, with `whole_words`, else of the token. With `by_line`, every text is a row of its own, cut off at
-    `size`.
+    `size`. The usual `group_texts` drops what is left over of each batch, and masks among the texts' special tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -287,6 +290,8 @@ class BlockCutter:
             raise InputError(
                 f"--whole_word_masking needs a fast tokenizer; {type(self.tokenizer).__name__} does not tell words"
             )
+        if self.size < (1 + self.tokenizer.num_special_tokens_to_add() if self.masked else 2):
+            raise InputError(f"rows of {self.size} tokens, as the model takes them, have none to predict")
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         texts = [_checked_text(text) for text in batch[self.column]]

@@ -133,6 +133,15 @@ def test_texts_without_tokens_make_no_rows(masked: PreTrainedTokenizerFast, by_l
     assert cutter({"text": [""] if not by_line else [" ", "\n"]}) == {"input_ids": [], "word_ids": []}
 
 
+def test_rows_without_room_for_a_token_to_predict(
+    masked: PreTrainedTokenizerFast, causal: PreTrainedTokenizerFast
+) -> None:
+    for tokenizer, kind, least in ((masked, True, 3), (causal, False, 2)):
+        BlockCutter(tokenizer, "text", least, masked=kind)
+        with pytest.raises(InputError, match=f"rows of {least - 1} tokens, as the model takes them, have none"):
+            BlockCutter(tokenizer, "text", least - 1, masked=kind)
+
+
 def test_whole_words_of_a_tokenizer_that_does_not_tell_them(tmp_path: Path) -> None:
     class Slow(BertTokenizer):
         is_fast = False
@@ -420,6 +429,12 @@ def test_too_few_rows_to_hold_any_out(tmp_path: Path) -> None:
     arguments = LanguageDataArguments(train_file=str(bad(tmp_path / "a.txt", b"1\n2\n")))
     with pytest.raises(InputError, match="2 rows are too few to hold 5 % of them out: give --validation_file"):
         read(arguments, tmp_path / "cache")
+
+
+def test_a_stream_too_short_to_hold_any_out(tmp_path: Path) -> None:
+    file = str(bad(tmp_path / "a.txt", b"saw\n" * 95))
+    with pytest.raises(InputError, match="of a stream the last 5 of every hundred rows, or give --validation_file"):
+        read(LanguageDataArguments(train_file=file, streaming=True), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
