@@ -52,7 +52,6 @@ LIBRARIES_OF: dict[str, set[str]] = {
     "recipes/classification/tasks.py": {"evaluate", "scipy", "sklearn"},
     "recipes/corpora/acceptability.py": {"tokenizers"},
     "recipes/corpora/files.py": {"pyarrow", "sklearn"},
-    "recipes/language/data.py": {"pandas", "pyarrow"},
     "recipes/language/tokenizer.py": {"tokenizers"},
     "recipes/loop/results.py": {"huggingface_hub"},
 }
@@ -76,7 +75,6 @@ LONGER = {
     "outputs/checkpoints.py": 417,
     "outputs/model_card.py": 476,
     "outputs/plots.py": 502,
-    "recipes/language/data.py": 381,
 }
 
 # What a reader of the method opens, and how many lines of code all of it may have; and with the two files in which

@@ -19,7 +19,7 @@ from hf_xgrad.outputs.plots import plot_runs
 from hf_xgrad.recipes.classification import glue as run_glue
 from hf_xgrad.recipes.classification.tasks import TextMetric
 from hf_xgrad.recipes.corpora.acceptability import LABEL_NAMES, write_data_set
-from hf_xgrad.recipes.corpora.files import read_file
+from hf_xgrad.recipes.corpora.files import read_rows
 from hf_xgrad.recipes.input_errors import InputError, run_script
 from hf_xgrad.recipes.results import format_table, last_logged, read_json, read_log
 from hf_xgrad.recipes.runs import baseline_folder
@@ -111,8 +111,8 @@ def _show(data: Path, runs: dict[str, Path], plot: Path) -> None:
 
 def _majority_scores(data: Path) -> list[float]:
     """Return what always guessing the training data's most frequent label gets."""
-    labels = [LABEL_NAMES.index(label) for label in read_file(str(data / "train.jsonl")).values("label")]
-    references = [LABEL_NAMES.index(label) for label in read_file(str(data / "validation.jsonl")).values("label")]
+    labels = [LABEL_NAMES.index(row["label"]) for row in read_rows(str(data / "train.jsonl"))]
+    references = [LABEL_NAMES.index(row["label"]) for row in read_rows(str(data / "validation.jsonl"))]
     guess = max(sorted(set(labels)), key=labels.count)
     scores = TextMetric(METRICS).compute(predictions=[guess] * len(references), references=references)
     return [scores[metric] for metric in METRICS]

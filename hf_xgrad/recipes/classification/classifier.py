@@ -125,7 +125,7 @@ def _label_config(config: PreTrainedConfig, data: GlueData, model_args: ModelArg
         )
     numbers = labels.numbers_in(names_by_number(config))
     config.num_labels = count
-    config.problem_type = "regression" if labels.regression else "single_label_classification"
+    config.problem_type = labels.problem_type
     if labels.names:
         config.id2label = dict(sorted(zip(numbers, labels.names, strict=True)))
         config.label2id = {name: number for number, name in config.id2label.items()}
@@ -186,8 +186,8 @@ def _tokenize(
                     raise InputError(f"row {row + 1} of {split} is empty to the tokenizer {tokenizer.name_or_path}")
                 for name, values in blank.items():
                     features[name][place] = values[0]
-        if "labels" in batch and not data.labels.regression:
-            features["labels"] = [numbers[label] for label in batch["labels"]]
+        if "labels" in batch:
+            features["labels"] = data.labels.for_model(batch["labels"], numbers)
         return features
 
     return {
@@ -216,19 +216,16 @@ def make_collator(tokenizer: PreTrainedTokenizerBase, *, on_tensor_cores: bool) 
 
 def _classes_or_scores(predictions: Any, data: GlueData, numbers: Sequence[int]) -> np.ndarray:
     """Return what a model's output says: scores, or classes as the task numbers them."""
-    logits = predictions[0] if isinstance(predictions, tuple) else predictions
-    if data.labels.regression:
-        return np.squeeze(logits, axis=-1)
-    return np.argsort(numbers)[np.argmax(logits, axis=-1)]
+    return data.labels.of_model(predictions[0] if isinstance(predictions, tuple) else predictions, numbers)
 
 
 def metrics_function(data: GlueData, numbers: Sequence[int]) -> Callable[[EvalPrediction], dict[str, float]]:
     """Return what computes the metrics of the task from a model's outputs."""
-    metric = TextMetric(data.metrics)
+    metric = TextMetric(data.metrics, data.labels.problem_type)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         # In the task's numbers, not the model's: F1 is that of the task's class 1.
-        references = prediction.label_ids if data.labels.regression else np.argsort(numbers)[prediction.label_ids]
+        references = data.labels.of_model(prediction.label_ids, numbers, logits=False)
         predictions = _classes_or_scores(prediction.predictions, data, numbers)
         scores = metric.compute(predictions=predictions, references=references)
         return {**scores, "combined_score": float(np.mean(list(scores.values())))} if data.combined else scores

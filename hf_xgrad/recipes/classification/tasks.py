@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from hf_xgrad.recipes.classification.labels import Labels
+from hf_xgrad.recipes.classification.labels import CLASSES, SCORES, SETS, Labels, ProblemType
 
 HUB_NAME = "nyu-mll/glue"
 
@@ -69,27 +69,38 @@ CLASS_SCORES: dict[str, Score] = {
     "f1": lambda predictions, references: float(f1_score(references, predictions, zero_division=0.0)),
     "matthews_correlation": lambda predictions, references: float(matthews_corrcoef(references, predictions)),
 }
+SET_SCORES: dict[str, Score] = {
+    "f1": lambda predictions, references: float(f1_score(references, predictions, average="micro", zero_division=0.0)),
+    "accuracy": CLASS_SCORES["accuracy"],
+}
 REGRESSION_SCORES: dict[str, Score] = {"pearson": _correlation(pearsonr), "spearmanr": _correlation(spearmanr)}
+# By problem type; and those that are reported where no task says which.
+SCORES_OF = {CLASSES: CLASS_SCORES, SETS: SET_SCORES, SCORES: REGRESSION_SCORES}
+DEFAULT_SCORES = {CLASSES: ("accuracy",), SETS: ("f1",), SCORES: tuple(REGRESSION_SCORES)}
 
 
 class TextMetric(evaluate.Metric):
     """Scores by name: `TextMetric(("accuracy", "f1")).compute(predictions=[0, 1], references=[1, 1])`.
 
-    f1 takes class 1 as the positive one, as GLUE does. Rows are kept in memory: runs share no cache file.
+    f1 takes class 1 as the positive one, as GLUE does; of sets of classes it counts all of them together, and accuracy
+    the sets that are right as a whole. Rows are kept in memory: runs share no cache file.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.scores = {name: (CLASS_SCORES | REGRESSION_SCORES)[name] for name in names}
+    def __init__(self, names: Sequence[str], problem_type: ProblemType | None = None) -> None:
+        possible = SCORES_OF[problem_type] if problem_type else CLASS_SCORES | REGRESSION_SCORES
+        self.scores = {name: possible[name] for name in names}
+        self.sets = problem_type == SETS
         super().__init__(config_name="-".join(names), keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
         # float32 as in the official metric, whose numbers these are to be.
         value = datasets.Value("float32" if self.scores.keys() <= REGRESSION_SCORES.keys() else "int64")
+        row = datasets.List(value) if self.sets else value
         return evaluate.MetricInfo(
             description="Scores of classification or regression, computed by scikit-learn and scipy.",
             citation="",
             inputs_description="predictions and references: lists of class numbers or of scores.",
-            features=datasets.Features({"predictions": value, "references": value}),
+            features=datasets.Features({"predictions": row, "references": row}),
         )
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:

@@ -7,35 +7,30 @@ and, with --line_by_line, what a line has beyond that size.
 
 import dataclasses
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, TypeAlias
 
-import datasets
-import pandas as pd
-import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_xgrad.recipes.input_errors import InputError, check_positive, describe_choices, one_line
+from hf_xgrad.recipes.corpora.files import (
+    KINDS,
+    UNREADABLE,
+    check_rows,
+    column_names,
+    find_files,
+    load_splits,
+    read_rows,
+    texts_of_files,
+)
+from hf_xgrad.recipes.input_errors import InputError, as_input_error, check_positive, describe_choices
 
 TextData: TypeAlias = Dataset | IterableDataset
 # Flags that name data.
 DATA_SOURCES = ("dataset_name", "train_file", "validation_file")
 # The word number of special tokens, which belong to no word.
 NO_WORD = -1
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {}),
-    # No cell is taken for a missing value ("NA" is a word here); a .tsv file has no quoting.
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t", "quoting": 3}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
-_UNREADABLE = (OSError, ValueError, EOFError, zlib.error, datasets.exceptions.DatasetsError, pa.ArrowException)
 # Of a stream, this many texts are read to train a tokenizer.
 _STREAMED_TEXTS = 100_000
 
@@ -54,9 +49,7 @@ class LanguageDataArguments:
     )
     train_file: str | None = dataclasses.field(
         default=None,
-        metadata={
-            "help": f"Training texts: a file ({', '.join(_READERS)}; each but .parquet also .gz) or a folder of them."
-        },
+        metadata={"help": f"Training texts: a file, {KINDS}, or a folder of them."},
     )
     validation_file: str | None = dataclasses.field(
         default=None, metadata={"help": "Validation texts. Left out: a part of the training texts is held out."}
@@ -127,34 +120,36 @@ def read_texts(
     data_args: LanguageDataArguments, *, do_train: bool, do_eval: bool, hub: dict[str, str | None]
 ) -> Texts:
     """Read what the run needs; hold validation texts out where there are none. `hub` holds cache_dir and token."""
-    given = {"train": data_args.train_file, "validation": data_args.validation_file}
+    named = {"train": data_args.train_file, "validation": data_args.validation_file}
+    found: dict[str, TextData] = {}
     if data_args.dataset_name is not None:
-        splits = _read_hub(data_args, hub)
-    else:
-        splits = {split: _read_files(path, data_args, hub["cache_dir"]) for split, path in given.items() if path}
-    if do_train and "train" not in splits:
+        called, found = load_splits(
+            data_args.dataset_name, data_args.dataset_config_name, streaming=data_args.streaming, **hub
+        )
+        named = {split: f"{called}, split {split}" if split in found else None for split in named}
+    if do_train and not named["train"]:
         raise InputError("--do_train needs training texts: give --train_file")
-    if do_eval and "validation" not in splits:
-        if "train" not in splits:
-            raise InputError("--do_eval needs validation texts: give --validation_file")
+    if do_eval and not any(named.values()):
+        raise InputError("--do_eval needs validation texts: give --validation_file")
+    hold_out = do_eval and not named["validation"]
+    wanted = {"train": do_train or hold_out, "validation": do_eval}
+    read = {
+        split: _read(source, found.get(split), data_args, hub["cache_dir"])
+        for split, source in named.items()
+        if source and wanted[split]
+    }
+    columns = sorted({column for column, _ in read.values()})
+    if len(columns) > 1:
+        raise InputError(f"the splits have their text in different columns, {' and '.join(columns)}")
+    splits = {split: data for split, (_, data) in read.items()}
+    if hold_out:
+        splits["train"], splits["validation"] = _hold_out(splits["train"], data_args.validation_split_percentage)
         if not do_train:
+            del splits["train"]
             logger.warning(
                 "Evaluating on a part of the training texts: held out only where --do_eval was given then, too"
             )
-        if data_args.streaming:
-            last = data_args.validation_split_percentage
-            given["validation"] = f"of a stream the last {last} of every hundred rows, or give --validation_file"
-        splits["train"], splits["validation"] = _hold_out(splits["train"], data_args.validation_split_percentage)
-    wanted = {"train": do_train, "validation": do_eval}
-    splits = {split: data for split, data in splits.items() if wanted[split]}
-    sources = {split: path or data_args.train_file or data_args.dataset_name for split, path in given.items()}
-    columns = {
-        _text_column(f"{split} texts ({sources[split]})", data, data_args.text_column)
-        for split, data in splits.items()
-    }
-    if len(columns) > 1:
-        raise InputError(f"the splits have their text in different columns, {' and '.join(sorted(columns))}")
-    return Texts(splits, columns.pop())
+    return Texts(splits, columns[0])
 
 
 def texts_from(splits: Mapping[str, Sequence[str]]) -> Texts:
@@ -162,70 +157,23 @@ def texts_from(splits: Mapping[str, Sequence[str]]) -> Texts:
     return Texts({split: Dataset.from_dict({"text": list(texts)}) for split, texts in splits.items()}, "text")
 
 
-def _read_hub(data_args: LanguageDataArguments, hub: dict[str, str | None]) -> dict[str, TextData]:
-    name = data_args.dataset_name or ""
-    called = f"{name} ({data_args.dataset_config_name})" if data_args.dataset_config_name else name
-    found = _loaded(f"data set {called}", name, data_args.dataset_config_name, streaming=data_args.streaming, **hub)
-    return {split: found[split] for split in ("train", "validation") if split in found}
-
-
-def _read_files(path: str, data_args: LanguageDataArguments, cache_dir: str | None) -> TextData:
-    files = _find_files(Path(path))
-    suffixes = {_suffix(file) for file in files}
-    if len(suffixes) > 1:
-        raise InputError(f"{path} holds files of several kinds, {', '.join(sorted(suffixes))}: give one kind a folder")
-    reader, settings = _READERS[suffixes.pop()]
-    if reader == "text":
-        settings = settings | {"keep_linebreaks": data_args.keep_linebreaks}
-    elif reader == "csv":
-        settings = settings | {"features": _all_text(files[0], settings)}
-    names = [str(file) for file in files]
-    settings = settings | {"cache_dir": cache_dir, "streaming": data_args.streaming}
-    data: TextData = _loaded(path, reader, data_files=names, split="train", **settings)
-    return data
-
-
-def _all_text(file: Path, settings: dict[str, Any]) -> Features:
-    """Return features that keep a column of numbers as the text that it is in the file."""
-    try:
-        start = pd.read_csv(file, nrows=100, **settings)
-    except _UNREADABLE as error:
-        raise InputError(f"cannot read {file}: {one_line(error)}") from error
-    if not isinstance(start.index, pd.RangeIndex):
-        # pandas takes what is too much for names of the rows.
-        raise InputError(
-            f"{file} has rows with more fields than its header: put texts with a {settings.get('sep', 'comma')!r} in "
-            "quotes, or give them as .txt or .jsonl"
-        )
-    return Features({name: Value("string") for name in start.columns})
-
-
-def _suffix(file: Path) -> str:
-    return Path(file.name.lower().removesuffix(".gz")).suffix
-
-
-def _find_files(path: Path) -> list[Path]:
-    kinds = ", ".join(_READERS)
-    if not path.exists():
-        raise InputError(f"{path} does not exist")
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in _READERS)
-        if not files:
-            raise InputError(f"{path} has no files that can be read ({kinds})")
-        return files
-    if _suffix(path) not in _READERS or path.name.lower().endswith(".parquet.gz"):
-        raise InputError(f"{path}: unknown kind of file; readable are {kinds} (each but .parquet also .gz)")
-    return [path]
-
-
-def _loaded(source: str, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return datasets.load_dataset(*args, **kwargs)
-    except (*_UNREADABLE, StopIteration) as error:
-        # `datasets` wraps what went wrong in an error that says only that something did.
-        cause = error.__cause__ or error
-        empty = isinstance(cause, (datasets.arrow_writer.SchemaInferenceError, StopIteration))
-        raise InputError(f"cannot read {source}: {'it is empty' if empty else one_line(cause)}") from error
+def _read(
+    source: str, found: TextData | None, data_args: LanguageDataArguments, cache_dir: str | None
+) -> tuple[str, TextData]:
+    """Return the column of the text, and the texts of a file, a folder or a split of the Hub."""
+    if found is None:
+        files = find_files(source)
+        names = column_names(source, chain.from_iterable(map(read_rows, files)))
+        column = _text_column(source, names, data_args.text_column)
+        settings = {"keep_linebreaks": data_args.keep_linebreaks, "streaming": data_args.streaming}
+        return column, texts_of_files(files, column, cache_dir=cache_dir, **settings)
+    with as_input_error(*UNREADABLE, prefix=f"cannot read {source}: "):
+        column = _text_column(source, column_names(source, found), data_args.text_column)
+    # The rows of a stream are checked when they are cut into blocks.
+    if isinstance(found, Dataset) and found.data[column].null_count + (found.features[column] != Value("string")):
+        for _ in check_rows(source, found.select_columns([column]), [column]):
+            pass
+    return column, found
 
 
 def _hold_out(data: TextData, percentage: int) -> tuple[TextData, TextData]:
@@ -233,10 +181,14 @@ def _hold_out(data: TextData, percentage: int) -> tuple[TextData, TextData]:
         first = 100 - percentage
         # A skip, even of nothing, fixes the order of the files; to shuffle would change it, and so these rows.
         ordered = data.skip(0)
-        return (
+        kept, out = (
             ordered.filter(lambda _, row: row % 100 < first, with_indices=True),
             ordered.filter(lambda _, row: row % 100 >= first, with_indices=True),
         )
+        if next(iter(out), None) is None:
+            last = f"the last {percentage} of every hundred rows are held out of a stream"
+            raise InputError(f"the validation texts are empty: {last}; give --validation_file")
+        return kept, out
     kept = len(data) - round(len(data) * percentage / 100)
     if not 0 < kept < len(data):
         raise InputError(f"{len(data)} rows are too few to hold {percentage} % of them out: give --validation_file")
@@ -244,22 +196,13 @@ def _hold_out(data: TextData, percentage: int) -> tuple[TextData, TextData]:
     return data.select(range(kept)), data.select(range(kept, len(data)))
 
 
-def _text_column(called: str, data: TextData, asked: str | None) -> str:
-    try:
-        row = next(iter(data), None)
-    except _UNREADABLE as error:
-        raise InputError(f"cannot read the {called}: {one_line(error)}") from error
-    if row is None:
-        raise InputError(f"the {called} are empty: there are no rows")
-    names = list(row)
+def _text_column(source: str, names: Sequence[str], asked: str | None) -> str:
     if asked is not None and asked not in names:
-        raise InputError(
-            f"the {called} have no column {asked!r}; there are {', '.join(names)}{describe_choices(asked, names)}"
-        )
+        close = describe_choices(asked, names)
+        raise InputError(f"{source} has no column {asked!r}; its columns are {', '.join(names)}{close}")
     column = asked or ("text" if "text" in names else names[0] if len(names) == 1 else None)
     if column is None:
-        raise InputError(f"which column is the text? Give --text_column, one of {', '.join(names)}")
-    _checked_text(row[column])
+        raise InputError(f"{source}: which column is the text? Give --text_column, one of {', '.join(names)}")
     return column
 
 

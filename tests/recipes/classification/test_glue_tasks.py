@@ -6,6 +6,7 @@ import evaluate
 import numpy as np
 import pytest
 
+from hf_xgrad.recipes.classification.labels import SETS
 from hf_xgrad.recipes.classification.tasks import CLASS_SCORES, REGRESSION_SCORES, TASKS, TextMetric
 
 NAMES = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
@@ -92,6 +93,12 @@ def test_three_classes() -> None:
     found = TextMetric(("accuracy", "matthews_correlation")).compute(predictions=[0, 1, 2, 2], references=[0, 1, 2, 1])
     # Gorodkin's correlation of k classes: c*s - sum(p*t) over sqrt((s*s - sum(p*p)) * (s*s - sum(t*t))).
     assert found == pytest.approx({"accuracy": 0.75, "matthews_correlation": 7 / 10})
+
+
+def test_sets_of_classes() -> None:
+    rows = {"predictions": [[1, 0, 1], [0, 1, 0], [0, 0, 0]], "references": [[1, 1, 0], [0, 1, 0], [0, 0, 0]]}
+    found = TextMetric(("f1", "accuracy"), SETS).compute(**rows)
+    assert found == pytest.approx({"f1": 2 * 2 / (2 * 2 + 1 + 1), "accuracy": 2 / 3})
 
 
 def test_the_interface_is_that_of_evaluate() -> None:

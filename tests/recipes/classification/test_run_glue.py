@@ -205,6 +205,56 @@ def test_scores_of_other_data_are_regressed(tmp_path: Path, model: str) -> None:
     assert weights(tmp_path / "out")["classifier.weight"].shape[0] == 1
 
 
+def test_lists_of_classes_are_trained_on_as_such(tmp_path: Path, model: str) -> None:
+    rows = [
+        {"text": row["sentence"], "label": [["a\tb", 10], [9], []][number % 3]} for number, row in enumerate(TRAIN)
+    ]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    out, file = tmp_path / "out", str(tmp_path / "rows.jsonl")
+    flags = ("--do_eval", "--do_predict", "--output_dir", str(out))
+    run(*new_model(model), "--train_file", file, "--test_file", file, *SHORT, "--do_train", *flags,
+        "--problem_type", "multi_label_classification", "--metrics", "accuracy", "f1")  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"
+    assert list(config["id2label"].values()) == ["10", "9", "a b"]
+    assert 0.4 < results(out)["eval_loss"] < 1  # that of each class for itself
+    assert {"eval_accuracy", "eval_f1"} <= results(out).keys()
+    predicted = [line.split("\t") for line in lines(out / "predict_results.tsv")[1:]]
+    assert len(predicted) == len(rows)
+    assert all(set(json.loads(names)) <= {"10", "9", "a b"} for _, names in predicted)
+    # The model knows what it was trained on.
+    evaluated = tmp_path / "evaluated"
+    run(
+        "--model_name_or_path",
+        str(out),
+        "--validation_file",
+        file,
+        *SHORT,
+        "--do_eval",
+        "--output_dir",
+        str(evaluated),
+    )
+    assert results(evaluated)["eval_loss"] == pytest.approx(results(out)["eval_loss"], abs=0.3)
+
+
+def test_predictions_of_odd_names_are_one_line_each(
+    tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    rows = [
+        {"text": row["sentence"], "label": ["good\tone", "bad\r\none"][number % 2]} for number, row in enumerate(TRAIN)
+    ]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    file = str(tmp_path / "rows.jsonl")
+    run(*new_model(model), "--train_file", file, "--test_file", file, *SHORT, "--do_train", "--do_predict",
+        "--output_dir", str(tmp_path / "out"))  # fmt: skip
+    written = (tmp_path / "out" / "predict_results.tsv").read_text().splitlines()
+    assert len(written) == 1 + len(rows)
+    assert {line.split("\t")[1] for line in written[1:]} <= {"good one", "bad one"}
+    why = "Labels: single_label_classification, 2 classes, since no label is a number with a fraction"
+    assert caplog.messages.count(why) == 1
+
+
 def test_without_validation_data_a_part_is_held_out(
     tmp_path: Path, model: str, data: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:

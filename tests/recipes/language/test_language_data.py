@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
@@ -339,35 +340,47 @@ def empty_folder(path: Path) -> Path:
 
 ZIPPED = gzip.compress(b"text\n" + bytes(range(32, 120)) * 9)
 FAULTS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "missing": (lambda path: path / "no.txt", r"no\.txt does not exist"),
+    "missing": (lambda path: path / "no.txt", r"cannot read .*no\.txt: No such file"),
     "kind": (lambda path: bad(path / "a.docx", b"a"), r"a\.docx: unknown kind of file; readable are \.txt, \.csv, "),
     "packed parquet": (lambda path: bad(path / "a.parquet.gz", b"a"), "unknown kind of file"),
     "mixed": (mixed_folder, r"mixed holds files of several kinds, \.csv, \.txt: give one kind a folder"),
     "empty folder": (empty_folder, r"none has no files that can be read \(\.txt, "),
     "empty txt": (lambda path: bad(path / "a.txt", b""), "empty"),
-    "empty csv": (lambda path: bad(path / "a.csv", b""), "cannot read .*a.csv: No columns to parse from file"),
+    "empty csv": (lambda path: bad(path / "a.csv", b""), r"a\.csv is empty: it has no rows"),
     "open quotes": (
         lambda path: bad(path / "a.csv", b"text\nHello there, my friend\n"),
-        r"a\.csv has rows with more fields than its header: put texts with a 'comma' in quotes",
+        r"a\.csv, line 2: 2 fields, but 1 columns; texts with a comma need quotes",
     ),
     "header only": (lambda path: bad(path / "a.csv", b"text\n"), "empty|no data"),
     "empty jsonl": (lambda path: bad(path / "a.jsonl", b""), "empty"),
-    "encoding": (lambda path: bad(path / "a.txt", b"fine\n\xff\xfe\n"), r"a\.txt\)?: 'utf-8' codec can't decode"),
+    "encoding": (lambda path: bad(path / "a.txt", b"fine\n\xff\xfe\n"), r"a\.txt, line 2: not UTF-8 text"),
     "csv encoding": (
         lambda path: bad(path / "a.csv", b"text\nfine\n\xff\n"),
-        r"a\.csv\)?: 'utf-8' codec can't decode",
+        r"a\.csv, line 3: not UTF-8 text",
     ),
-    "cut off": (lambda path: bad(path / "a.csv.gz", ZIPPED[:-12]), r"a\.csv\.gz\)?: Compressed file ended before"),
-    "not packed": (lambda path: bad(path / "a.txt.gz", b"plain text\n"), r"a\.txt\.gz\)?: "),
-    "spoilt": (lambda path: bad(path / "a.txt.gz", ZIPPED[:20] + b"\xff\xff" + ZIPPED[22:]), r"a\.txt\.gz\)?: "),
-    "json line": (lambda path: bad(path / "a.jsonl", b'{"text": "a"}\n{"text": \n'), r"a\.jsonl\)?: "),
-    "json": (lambda path: bad(path / "a.json", b'[{"text": "a"}, {'), r"a\.json\)?: "),
-    "ragged csv": (lambda path: bad(path / "a.csv", b"text\na\na,b,c\n"), r"a\.csv\)?: .*line 3"),
-    "not parquet": (lambda path: bad(path / "a.parquet", b"PAR1 and so on"), r"a\.parquet\)?: "),
-    "column": (lambda path: bad(path / "a.csv", b"a,b\n1,2\n"), "which column is the text.* one of a, b"),
-    "null": (lambda path: bad(path / "a.jsonl", b'{"text": null}\n'), "holds None, which is not text"),
-    "number": (lambda path: bad(path / "a.jsonl", b'{"text": 7}\n'), "holds 7, which is not text"),
-    "list": (lambda path: bad(path / "a.jsonl", b'{"text": ["a"]}\n'), r"holds \['a'\], which is not text"),
+    "cut off": (
+        lambda path: bad(path / "a.csv.gz", ZIPPED[:-12]),
+        r"a\.csv\.gz is not a whole gzip file: Compressed file ended before",
+    ),
+    "not packed": (lambda path: bad(path / "a.txt.gz", b"plain text\n"), r"a\.txt\.gz is not a whole gzip file: "),
+    "spoilt": (
+        lambda path: bad(path / "a.txt.gz", ZIPPED[:20] + b"\xff\xff" + ZIPPED[22:]),
+        r"a\.txt\.gz is not a whole gzip file: ",
+    ),
+    "json line": (lambda path: bad(path / "a.jsonl", b'{"text": "a"}\n{"text": \n'), r"a\.jsonl, line 2: "),
+    "json": (lambda path: bad(path / "a.json", b'[{"text": "a"}, {'), r"a\.json, line 1: "),
+    "ragged csv": (lambda path: bad(path / "a.csv", b"text\na\na,b,c\n"), r"a\.csv, line 3: 3 fields, but 1 columns"),
+    "not parquet": (lambda path: bad(path / "a.parquet", b"PAR1 and so on"), r"cannot read .*a\.parquet: "),
+    "column": (lambda path: bad(path / "a.csv", b"a,b\n1,2\n"), r"a\.csv: which column is the text.* one of a, b"),
+    "null": (lambda path: bad(path / "a.jsonl", b'{"text": null}\n'), r"a\.jsonl, row 1: column 'text' is missing"),
+    "number": (
+        lambda path: bad(path / "a.jsonl", b'{"text": 7}\n'),
+        r"a\.jsonl, row 1: column 'text' holds 7, not text",
+    ),
+    "list": (
+        lambda path: bad(path / "a.jsonl", b'{"text": ["a"]}\n'),
+        r"a\.jsonl, row 1: column 'text' holds \['a'\], not text",
+    ),
 }
 
 
@@ -377,20 +390,93 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, fault: str, streaming: 
     make, message = FAULTS[fault]
     arguments = LanguageDataArguments(train_file=str(make(tmp_path)), streaming=streaming)
     with pytest.raises(InputError, match=message) as caught:
-        read(arguments, tmp_path / "cache", do_eval=False)
+        list(read(arguments, tmp_path / "cache", do_eval=False).for_tokenizer())
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_text_further_down(tmp_path: Path, causal: PreTrainedTokenizerFast) -> None:
-    file = bad(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": null}\n')
-    cutter = BlockCutter(causal, "text", 4)
-    for settings in ({}, {"streaming": True}, {"preprocessing_num_workers": 2}):
-        arguments = LanguageDataArguments(train_file=str(file), **settings)  # type: ignore[arg-type]
-        texts = read(arguments, tmp_path / "cache", do_eval=False)
-        with pytest.raises(InputError, match="the text column holds None, which is not text"):
-            make_blocks(texts, cutter, arguments, 0)
-        with pytest.raises(InputError, match="the text column holds None"):
-            list(texts.for_tokenizer())
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.json", "b.parquet"])
+def test_what_is_not_text_further_down(tmp_path: Path, name: str, streaming: bool) -> None:
+    folder, rows = tmp_path / "texts", [{"text": "a"}, {"text": "b"}, {"text": None}]
+    folder.mkdir()
+    for file, content in (("a." + name[2:], rows[:2]), (name, rows)):
+        if "parquet" in file:
+            pyarrow.parquet.write_table(pa.Table.from_pylist(content), folder / file)
+            continue
+        text = json.dumps(content) if "jsonl" not in file else "\n".join(map(json.dumps, content))
+        bad(folder / file, gzip.compress(text.encode()) if ".gz" in file else text.encode())
+    arguments = LanguageDataArguments(train_file=str(folder), streaming=streaming)
+    with pytest.raises(InputError, match=rf"{name}, row 3: column 'text' is missing$"):
+        list(read(arguments, tmp_path / "cache", do_eval=False).for_tokenizer())
+
+
+def test_what_is_not_text_on_the_hub(monkeypatch: pytest.MonkeyPatch, causal: PreTrainedTokenizerFast) -> None:
+    split = datasets.Dataset.from_dict({"text": ["a", None]})
+    arguments = LanguageDataArguments(dataset_name="me/set")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **settings: {"train": split})
+    hub = {"cache_dir": None, "token": None}
+    with pytest.raises(InputError, match="me/set, split train, row 2: column 'text' is missing"):
+        read_texts(arguments, do_train=True, do_eval=False, hub=hub)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **settings: {"train": split.to_iterable_dataset()})
+    texts = read_texts(arguments, do_train=True, do_eval=False, hub=hub)
+    with pytest.raises(InputError, match="the text column holds None, which is not text"):
+        make_blocks(texts, BlockCutter(causal, "text", 4), arguments, 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "contents"),
+    [
+        ("csv", ["text,id\na,1\n", "text\na\n", "id,more,text\nx,,a\n"]),
+        ("tsv", ["text\tid\na\t1\n", "\t\ttext\n0\t0\ta\n"]),
+        (
+            "jsonl",
+            ['{"text": "a"}\n{"text": "a", "id": 1}', '{"id": null, "text": "a"}', '{"text": "a", "id": ["x", 1]}'],
+        ),
+        ("json", ['[{"text": "a", "id": 1}]', '[{"text": "a", "id": "2021-03-01"}]']),
+    ],
+)
+def test_files_of_a_folder_may_differ_in_other_columns(
+    tmp_path: Path, kind: str, contents: list[str], streaming: bool
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, content in enumerate(contents):
+        (folder / f"{number}.{kind}").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    found = texts_in(folder, tmp_path / "cache", text_column="text", streaming=streaming)
+    assert set(found) == {"a"}
+    assert len(found) >= len(contents)
+    (folder / f"z.{kind}").write_text(contents[0].replace("text", "words"))
+    with pytest.raises(InputError, match=rf"z\.{kind} has no column 'text'; its columns are "):
+        texts_in(folder, tmp_path / "cache", text_column="text", streaming=streaming)
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / ".hidden" / "texts"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    (folder / ".ipynb_checkpoints" / "a-checkpoint.txt").write_text("a")
+    (folder / "._a.txt").write_bytes(b"\xff")
+    (folder / ".b.csv").write_text("text\n")
+    assert texts_in(folder, tmp_path / "cache") == ["a"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path, streaming: bool) -> None:
+    for text in ("a\n", "b\n"):
+        file = bad(tmp_path / "a.txt", text.encode())
+        os.utime(file, ns=(0, ord(text[0])))
+        assert texts_in(file, tmp_path / "cache", streaming=streaming) == [text]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_of_json_stay_text(tmp_path: Path, streaming: bool) -> None:
+    texts = ["2021-03-01", "2021-03-01T12:00:00Z", "1e5", "null"]
+    write_json_rows(tmp_path / "a.jsonl", texts)
+    assert texts_in(tmp_path / "a.jsonl", tmp_path / "cache", streaming=streaming) == texts
+    bad(tmp_path / "b.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(InputError, match=r"b\.jsonl, row 2: column 'text' holds half of a surrogate pair"):
+        texts_in(tmp_path / "b.jsonl", tmp_path / "cache", streaming=streaming)
 
 
 def test_the_column_of_the_text(tmp_path: Path) -> None:
@@ -400,9 +486,9 @@ def test_the_column_of_the_text(tmp_path: Path) -> None:
     assert texts_in(two, cache) == ["a"]
     assert texts_in(two, cache, text_column="body") == ["b"]
     assert texts_in(only, cache) == ["c"]
-    with pytest.raises(InputError, match=r"the train texts .* have no column 'boddy'.*; did you mean body"):
+    with pytest.raises(InputError, match=r"two\.jsonl has no column 'boddy'.*; did you mean body"):
         texts_in(two, cache, text_column="boddy")
-    with pytest.raises(InputError, match="the text column holds 5"):
+    with pytest.raises(InputError, match=r"two\.jsonl, row 1: column 'year' holds 5, not text"):
         texts_in(two, cache, text_column="year")
     both = LanguageDataArguments(train_file=str(two), validation_file=str(only))
     with pytest.raises(InputError, match="different columns, body and text"):
@@ -433,7 +519,7 @@ def test_too_few_rows_to_hold_any_out(tmp_path: Path) -> None:
 
 def test_a_stream_too_short_to_hold_any_out(tmp_path: Path) -> None:
     file = str(bad(tmp_path / "a.txt", b"saw\n" * 95))
-    with pytest.raises(InputError, match="of a stream the last 5 of every hundred rows, or give --validation_file"):
+    with pytest.raises(InputError, match="the last 5 of every hundred rows are held out of a stream; give --valid"):
         read(LanguageDataArguments(train_file=file, streaming=True), tmp_path / "cache")
 
 
@@ -491,7 +577,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path, streaming: bool, monkeypatch: pyt
         asked.append((names, settings))
         return {"train": split.to_iterable_dataset() if streaming else split, "test": None}
 
-    monkeypatch.setattr(language_data.datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     arguments = LanguageDataArguments(dataset_name="me/set", dataset_config_name="raw", streaming=streaming)
     found = read_texts(arguments, do_train=True, do_eval=True, hub={"cache_dir": "c", "token": "t"})
     assert asked == [(("me/set", "raw"), {"streaming": streaming, "cache_dir": "c", "token": "t"})]
@@ -500,8 +586,8 @@ def test_a_data_set_of_the_hub(tmp_path: Path, streaming: bool, monkeypatch: pyt
     def fail(*names: Any, **settings: Any) -> Any:
         raise datasets.exceptions.DatasetNotFoundError("no such\ndata set")
 
-    monkeypatch.setattr(language_data.datasets, "load_dataset", fail)
-    with pytest.raises(InputError, match=r"^cannot read data set me/set \(raw\): no such data set$"):
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError, match=r"^cannot load data set me/set \(raw\): no such data set$"):
         read_texts(arguments, do_train=True, do_eval=False, hub={"cache_dir": None, "token": None})
 
 

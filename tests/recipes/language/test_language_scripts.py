@@ -32,7 +32,6 @@ from hf_xgrad import XGradTrainer, XGradTrainingArguments
 from hf_xgrad.recipes.arguments import ScriptParser
 from hf_xgrad.recipes.corpora import python_documentation
 from hf_xgrad.recipes.language import clm as run_clm
-from hf_xgrad.recipes.language import data as language_data
 from hf_xgrad.recipes.language import mlm as run_mlm
 from hf_xgrad.recipes.language import modeling as language_modeling
 from hf_xgrad.recipes.language.batches import CausalCollator, MaskingCollator
@@ -693,7 +692,7 @@ def test_data_and_model_of_the_hub_and_one_push_of_everything(
         pushed.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
         return SimpleNamespace(repo_url="there")
 
-    monkeypatch.setattr(language_data.datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     with_hub(monkeypatch, upload_folder=upload)
     out = tmp_path / "out"
     run(script, "--model_name_or_path", str(pretrained), "--dataset_name", "me/texts", "--dataset_config_name", "raw",
