@@ -10,16 +10,16 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from hf_xgrad.core.config import XGradConfig
-from hf_xgrad.outputs.files import CheckpointError
-from hf_xgrad.outputs.hub import PUSH_ERRORS, UnsavedToken, has_model, push_again, push_command
-from hf_xgrad.outputs.model_card import (
-    TrainedModel,
+from hf_xgrad.outputs.stock_card import (
     base_model_of,
-    complete_card,
+    correct_saved_card,
     is_hub_id,
     naming_hub_models_only,
     with_readable_log,
 )
+from hf_xgrad.outputs.files import CheckpointError
+from hf_xgrad.outputs.hub import PUSH_ERRORS, UnsavedToken, has_model, push_again, push_command
+from hf_xgrad.outputs.model_card import TrainedModel, complete_card
 
 # To a type checker the mixin is a Trainer; at run time it is mixed into one.
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ class PublishingMixin(_Trainer):
             # The Trainer pickles its arguments, token and all, into a file that it pushes.
             self.args.hub_token = UnsavedToken(self.args.hub_token)
         self._warn_of_local_names()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        correct_saved_card(output_dir or str(self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's own card, completed: method and settings, loss curves, how to load the model, citation.

@@ -201,6 +201,28 @@ def test_only_a_base_model_of_the_hub_is_named(
     assert len(hub.titles(tuned)) == 2
 
 
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_each_push_of_an_adapter_to_a_local_model_arrives(
+    hub: HubServer, client: Clients, tmp_path: Path, name: str, strategy: str
+) -> None:
+    """Into every folder that it saves peft writes a card which names the base model, wherever that is."""
+    base, folder = tmp_path / "base", tmp_path / "run"
+    train(client, base, f"{name}-base").unwrap()
+    settings = {"base": str(base), "lora": True, "hub_strategy": strategy}
+    # The second run pushes the card that the first has left, too.
+    for _ in range(2):
+        outcome = train(client, folder, name, **settings)
+        outcome.unwrap()
+        assert "a push of a checkpoint failed" not in outcome.log
+    titles = [f"Training in progress, step {number}" for number in NUMBERS]
+    if strategy != "every_save":
+        titles = [title + end for title in titles for end in ("", ", checkpoint")]
+    assert [title for title in hub.titles(name) if title != "End of training"][: len(titles)] == titles
+    cards = [content.decode() for path, content in hub.files(name).items() if path.endswith("README.md")]
+    assert len(cards) == {"every_save": 1, "checkpoint": 2, "all_checkpoints": 1 + len(NUMBERS)}[strategy]
+    assert not any(str(base) in card for card in cards)
+
+
 def test_a_repository_that_is_there_is_fine(hub: HubServer, client: Clients, tmp_path: Path, name: str) -> None:
     train(client, tmp_path / "first", name).unwrap()
     first = hub.files(name)

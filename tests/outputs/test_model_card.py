@@ -19,16 +19,9 @@ from transformers import Trainer
 
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.outputs.model_card import (
-    CARD_FILE,
-    PICTURE_FILE,
-    TAGS,
-    TrainedModel,
-    add_comparison,
-    complete_card,
-    is_hub_id,
-    naming_hub_models_only,
-)
+from hf_xgrad.outputs.files import CARD_FILE, PICTURE_FILE
+from hf_xgrad.outputs.model_card import TrainedModel, add_comparison, complete_card
+from hf_xgrad.outputs.stock_card import TAGS, is_hub_id, naming_hub_models_only
 
 GLUE = {"tasks": "text-classification", "dataset": "GLUE COLA", "dataset_tags": "nyu-mll/glue", "dataset_args": "cola"}
 ACCURACY = 0.75
@@ -104,7 +97,9 @@ def test_settings_are_those_of_the_run(tmp_path: Path, settings: dict[str, Any],
     assert row in card_of(tmp_path)[1]
 
 
-@pytest.mark.parametrize("settings", [{"optim": "adamw_torch", "xgrad_steps": "auto"}, {"optim": "adafactor"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"optim": "adamw_torch", "xgrad_steps": "auto"}, {"optim": "adafactor"}], ids=str
+)
 def test_a_chosen_s_is_told(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Asked for, or by default under the last-update rule."""
     trainer = trained(tmp_path, **settings)

@@ -23,7 +23,8 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrai
 
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradMixin, XGradTrainer
-from hf_xgrad.outputs.model_card import CARD_FILE, TAGS
+from hf_xgrad.outputs.files import CARD_FILE
+from hf_xgrad.outputs.stock_card import TAGS
 from reference import predicted_weights
 from small_runs import history
 

@@ -14,7 +14,8 @@ from torch import nn
 from hf_xgrad import XGradConfig
 from hf_xgrad.outputs.files import CARD_FILE
 from hf_xgrad.outputs.hub import HUB_ERRORS
-from hf_xgrad.outputs.model_card import TrainedModel, complete_card, is_hub_id
+from hf_xgrad.outputs.model_card import TrainedModel, complete_card
+from hf_xgrad.outputs.stock_card import is_hub_id
 from hf_xgrad.recipes.input_errors import as_input_error
 from hf_xgrad.recipes.loop.arguments import LoopArguments, make_optimizer
 from hf_xgrad.recipes.results import format_table, read_json, read_log, write_json

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from hf_xgrad import WeightPredictor, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.outputs.model_card import TAGS
+from hf_xgrad.outputs.stock_card import TAGS
 from hf_xgrad.recipes.arguments import ScriptParser
 from hf_xgrad.recipes.classification import glue as run_glue
 from hf_xgrad.recipes.corpora.acceptability import make_config, make_rows, make_tokenizer, write_rows
