@@ -77,6 +77,12 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return history
 
 
+def until_trained(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a log without the evaluations after the training, which a complete run that is started again repeats."""
+    ends = [number for number, entry in enumerate(history, start=1) if "train_loss" in entry]
+    return list(history[: ends[-1]] if ends else history)
+
+
 def first_logged(history: Iterable[Mapping[str, Any]], name: str) -> float:
     """Return the first value that a run logged under `name`."""
     return float(next((entry[name] for entry in history if name in entry), math.nan))

@@ -34,6 +34,7 @@ from hf_xgrad.recipes.results import (
     format_comparison,
     read_json,
     read_log,
+    until_trained,
     write_comparison,
     write_json,
 )
@@ -346,6 +347,7 @@ def _load_finished(trainer: Trainer, checkpoint: Path, state: TrainerState) -> d
     has_state = (results / STATE_FILE).is_file()
     # That of the folder has the end of the training, too.
     trainer.state = TrainerState.load_from_json(str(results / STATE_FILE)) if has_state else state
+    trainer.state.log_history = until_trained(trainer.state.log_history)
     # The card says which one it was.
     trainer.create_optimizer()
     trainer.save_model(_internal_call=True)
@@ -369,6 +371,9 @@ def record(trainer: Trainer, kind: str, metrics: dict[str, float]) -> dict[str, 
     if metrics:
         trainer.log_metrics(kind, metrics)
         trainer.save_metrics(kind, metrics)
+        if kind == "eval" and trainer.args.do_train:
+            # Its log has this evaluation now.
+            trainer.save_state()
     return metrics
 
 

@@ -10,17 +10,21 @@ import transformers
 from accelerate import Accelerator
 from huggingface_hub import HfApi, ModelCardData
 from torch import nn
+from transformers import TrainerState
 
 from hf_xgrad import XGradConfig
-from hf_xgrad.outputs.files import CARD_FILE
+from hf_xgrad.outputs.files import CARD_FILE, STATE_FILE
 from hf_xgrad.outputs.hub import HUB_ERRORS
 from hf_xgrad.outputs.model_card import TrainedModel, complete_card
 from hf_xgrad.outputs.stock_card import is_hub_id
 from hf_xgrad.recipes.input_errors import as_input_error
 from hf_xgrad.recipes.loop.arguments import LoopArguments, make_optimizer
-from hf_xgrad.recipes.results import format_table, read_json, read_log, write_json
+from hf_xgrad.recipes.results import format_table, read_json, read_log, until_trained, write_json
 
 logger = logging.getLogger(__name__)
+
+# The Trainer does not log the former; the others are another time of the clock whenever a run is finished again.
+_NOT_LOGGED = ("_samples", "_samples_mm", "_at_start", "_runtime", "_per_second")
 
 
 def record(args: LoopArguments, kind: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -30,7 +34,18 @@ def record(args: LoopArguments, kind: str, metrics: dict[str, float]) -> dict[st
         logger.info("%s metrics:\n%s", kind, format_table(("metric", "value"), sorted(metrics.items())))
         write_json(folder / f"{kind}_results.json", metrics)
         write_json(folder / "all_results.json", read_json(folder / "all_results.json") | metrics)
+        if kind == "eval" and args.do_train:
+            _log_last_evaluation(folder / STATE_FILE, metrics)
     return metrics
+
+
+def _log_last_evaluation(path: Path, metrics: dict[str, float]) -> None:
+    """Add it to the log of the run, as the Trainer does."""
+    state = TrainerState.load_from_json(str(path))
+    logged = {name: value for name, value in metrics.items() if not name.endswith(_NOT_LOGGED)}
+    entry = {**logged, "epoch": state.epoch, "step": state.global_step}
+    state.log_history = [*until_trained(state.log_history), entry]
+    state.save_to_json(str(path))
 
 
 def save_model(accelerator: Accelerator, args: LoopArguments, model: Any, tokenizer: Any) -> None:
