@@ -178,7 +178,8 @@ def env(arguments: argparse.Namespace) -> None:
 
 
 def plot(arguments: argparse.Namespace) -> None:
-    from hf_xgrad.outputs.plots import PlotError, plot_folders
+    from hf_xgrad.outputs.plots import plot_folders
+    from hf_xgrad.outputs.run_logs import PlotError
 
     try:
         plot_folders(arguments.runs, arguments.output, arguments.metric)

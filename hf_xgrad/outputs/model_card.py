@@ -22,7 +22,8 @@ from hf_xgrad import __version__
 from hf_xgrad.core.config import XGradConfig
 from hf_xgrad.core.rules import form_of_group
 from hf_xgrad.outputs.files import CARD_FILE, PICTURE_FILE
-from hf_xgrad.outputs.plots import PlotError, plot_runs
+from hf_xgrad.outputs.plots import plot_runs
+from hf_xgrad.outputs.run_logs import PlotError
 from hf_xgrad.outputs.stock_card import PAPER, correct_metadata, correct_text, is_finite, known_optimizer
 
 logger = logging.get_logger(__name__)

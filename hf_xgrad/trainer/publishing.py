@@ -10,6 +10,9 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from hf_xgrad.core.config import XGradConfig
+from hf_xgrad.outputs.files import CheckpointError
+from hf_xgrad.outputs.hub import PUSH_ERRORS, UnsavedToken, has_model, push_again, push_command
+from hf_xgrad.outputs.model_card import TrainedModel, complete_card
 from hf_xgrad.outputs.stock_card import (
     base_model_of,
     correct_saved_card,
@@ -17,9 +20,6 @@ from hf_xgrad.outputs.stock_card import (
     naming_hub_models_only,
     with_readable_log,
 )
-from hf_xgrad.outputs.files import CheckpointError
-from hf_xgrad.outputs.hub import PUSH_ERRORS, UnsavedToken, has_model, push_again, push_command
-from hf_xgrad.outputs.model_card import TrainedModel, complete_card
 
 # To a type checker the mixin is a Trainer; at run time it is mixed into one.
 if TYPE_CHECKING:
