@@ -63,6 +63,7 @@ WITHIN_FUNCTIONS: dict[str, set[str]] = {
     "trainer/optimizers.py": {"pytorch_optimizer"},
     "outputs/plots.py": {"matplotlib", "numpy"},
     "recipes/language/models.py": {"peft"},
+    "recipes/results.py": {"rich"},
     "recipes/runs.py": {"peft"},
     "cli.py": {"torch"},
 }
