@@ -28,7 +28,7 @@ from hf_xgrad.outputs.stock_card import TAGS
 from reference import predicted_weights
 from small_runs import history
 
-trl = pytest.importorskip("trl", reason="needs TRL: pip install 'hf_xgrad[trl]'")
+trl = pytest.importorskip("trl", reason="needs TRL: pip install '.[trl]'")
 
 RULES = ["closed_form", "last_update"]
 SAMPLES = 12
