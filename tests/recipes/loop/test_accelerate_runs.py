@@ -369,7 +369,7 @@ def test_the_card(tmp_path: Path, base: str | None, named: str | None, monkeypat
     (result,) = written.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 0.75, "nyu-mll/glue")
     assert written.data.license is None
-    for line in ("- Accuracy: 0.75", "- learning_rate: 5e-05", "| steps predicted ahead, s | 2 |", "closed form of Adam"):
+    for line in ("- Accuracy: 0.75", "- learning_rate: 5e-05", "ahead, s | 2 |", "closed form of AdamW |"):
         assert line in written.text
     origin = {
         "team/model": "is a fine-tuned version of [team/model](https://huggingface.co/team/model)",
