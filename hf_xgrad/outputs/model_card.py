@@ -112,7 +112,7 @@ def complete_card(folder: str | Path, trained: TrainedModel) -> None:
     }
     added = {}
     if "Quick start" not in sections:
-        added["How to use"] = _how_to_use(trained, card.data.base_model)
+        added["How to use"] = _how_to_use(trained, card.data.get("base_model"))
     if trained.config.active:
         added["XGrad"] = _method(trained)
     added[_CURVES] = _picture(Path(folder), {_run_name(trained.config): trained.history})

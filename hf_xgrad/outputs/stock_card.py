@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, metadata_load, metadata_save
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch.optim import Optimizer
@@ -102,7 +103,7 @@ def correct_metadata(data: ModelCardData, trained: TrainedModel) -> None:
     """Takes out what the Hub would reject the whole card for, and adds our tags."""
     _leave_out_local_names(data, trained.builder)
     if trained.config.active:
-        data.tags = list(dict.fromkeys([*(data.tags or []), *TAGS]))
+        data.tags = list(dict.fromkeys([*data.get("tags", []), *TAGS]))
     data.pipeline_tag = data.pipeline_tag or trained.task
     if data.eval_results is not None:
         data.eval_results = [
@@ -122,29 +123,33 @@ def correct_saved_card(folder: str | os.PathLike[str]) -> None:
     Beside adapters peft writes a card that names their base model, whatever it is. The Hub then rejects the folder.
     """
     path = Path(folder, CARD_FILE)
-    if path.is_file():
-        card = ModelCard.load(path, ignore_metadata_errors=True)
-        before = card.data.to_dict()
-        _leave_out_local_names(card.data)
-        if card.data.to_dict() != before:
-            card.save(path)
+    data = metadata_load(path) if path.is_file() else None
+    if data:
+        before = copy.deepcopy(data)
+        _leave_out_local_names(data)
+        if data != before:
+            metadata_save(path, data)
 
 
-def _leave_out_local_names(data: ModelCardData, builder: str | None = None) -> None:
+def _leave_out_local_names(data: dict[str, Any] | ModelCardData, builder: str | None = None) -> None:
     """Takes out what the Hub rejects a card for: base models and data sets that are no ids.
 
     Args:
         data: the metadata, which are changed.
         builder: what built the data set, which Transformers takes for an id.
     """
-    for key in ("base_model", "datasets"):
+
+    def keep(key: str, valid: Callable[[Any], bool]) -> None:
         given = data.get(key)
-        names = [given] if isinstance(given, str) else given or []
-        kept = [name for name in names if is_hub_id(name) and (key, name) != ("datasets", builder)]
-        data[key] = kept[0] if kept and isinstance(given, str) else kept or None
+        kept = [name for name in ([given] if isinstance(given, str) else given or []) if valid(name)]
+        data.pop(key, None)
+        if kept:
+            data[key] = kept[0] if isinstance(given, str) else kept
+
+    keep("base_model", is_hub_id)
+    keep("datasets", lambda name: is_hub_id(name) and name != builder)
     # peft makes a tag of the base model, whatever its name.
-    tags = data.tags or []
-    data.tags = [t for t in tags if not t.startswith("base_model:") or is_hub_id(t.rpartition(":")[2])] or None
+    keep("tags", lambda tag: not str(tag).startswith("base_model:") or is_hub_id(tag.rpartition(":")[2]))
 
 
 def _correct_result(result: EvalResult, split: str | None) -> None:

@@ -51,7 +51,14 @@ class PublishingMixin(_Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        correct_saved_card(output_dir or str(self.args.output_dir))
+        folder = output_dir or str(self.args.output_dir)
+        try:
+            correct_saved_card(folder)
+        except OSError:
+            raise
+        except Exception:
+            # Whoever wrote it: it must not end a run.
+            logger.warning(f"XGrad: the model card in {folder} is left as it is.", exc_info=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's own card, completed: method and settings, loss curves, how to load the model, citation.

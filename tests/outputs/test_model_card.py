@@ -205,6 +205,32 @@ def test_what_goes_wrong_with_the_card_does_not_end_the_run(tmp_path: Path, capl
     assert (tmp_path / CARD_FILE).is_file()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my own notes\n",
+        "---\na: [\n---\n",
+        "---\ntags: [{1: 2}]\n---\n",
+        "---\n- 1\n---\n",
+        "---\nbase_model: a/b\n---\n",
+    ],
+)
+def test_a_card_of_others_in_the_folder_stays_and_does_not_end_the_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / CARD_FILE).write_text(text)
+    trained(tmp_path)
+    assert (tmp_path / CARD_FILE).read_text() == text
+
+
+def test_local_names_go_from_a_saved_card(tmp_path: Path) -> None:
+    head = "library_name: peft\nbase_model: '{0}'\ntags:\n- 'base_model:adapter:{0}'\n- lora\ndatasets:\n- '{0}'\n"
+    for name, kept in (("/models/bert", False), ("", False), ("me/base", True)):
+        (tmp_path / CARD_FILE).write_text(f"---\n{head.format(name)}---\n\n# text\n")
+        trained(tmp_path)
+        card, text = card_of(tmp_path)
+        expected = yaml.safe_load(head.format(name)) if kept else {"library_name": "peft", "tags": ["lora"]}
+        assert (card, text) == (expected, "\n# text\n")
+
+
 @pytest.mark.parametrize(("tasks", "tag"), [(["fill-mask"], "fill-mask"), (["fill-mask", "other"], None)])
 @pytest.mark.parametrize("positional", [True, False])
 def test_tasks_may_be_several(tmp_path: Path, tasks: list[str], tag: str | None, positional: bool) -> None:
