@@ -145,8 +145,11 @@ def test_a_checkpoint_from_the_hub_is_gone_on_from(
     hub: HubServer, client: Clients, tmp_path: Path, name: str, rule: str
 ) -> None:
     settings = {
-        **{"xgrad_rule": rule, "xgrad_steps": 1.0, "lr_scheduler_type": "constant"},
-        **{"hub_strategy": "checkpoint", "max_steps": 4},
+        "xgrad_rule": rule,
+        "xgrad_steps": 1.0,
+        "lr_scheduler_type": "constant",
+        "hub_strategy": "checkpoint",
+        "max_steps": 4,
     }
     train(client, tmp_path / "first", name, push=False, **settings).unwrap()
     assert ("last-checkpoint/xgrad.safetensors" in hub.files(name)) == (rule == "last_update")
@@ -169,7 +172,9 @@ def test_what_is_pushed_while_training_goes_on_are_true_weights(
         client,
         tmp_path / "run",
         name,
-        **{"xgrad_rule": rule, "xgrad_steps": 1.0, "hub_strategy": "every_save"},
+        xgrad_rule=rule,
+        xgrad_steps=1.0,
+        hub_strategy="every_save",
         waits=False,
         lookup=5,
         push=False,
@@ -302,7 +307,7 @@ def test_a_push_again_that_fails_again_says_so(hub: HubServer, client: Clients, 
     outcome = train(client, tmp_path / "run", name)
     again = push_again(client, outcome)
     assert again["status"] == 2
-    assert again["errors"].splitlines()[-1].startswith("error: ")
+    assert again["errors"].splitlines()[-1].startswith("hf-xgrad: error: ")
     assert "500" in again["errors"].splitlines()[-1]
     assert "Traceback" not in again["errors"]
 
@@ -335,7 +340,7 @@ def test_pushing_by_hand(hub: HubServer, client: Clients, tmp_path: Path, name: 
     ):
         refused = push(*words, token=token)
         assert refused["status"] == 2
-        assert refused["errors"].splitlines()[-1].startswith("error: ")
+        assert refused["errors"].splitlines()[-1].startswith("hf-xgrad: error: ")
     assert "commit" not in {request.endpoint for request in hub.requests}
 
 
