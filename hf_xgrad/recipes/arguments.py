@@ -13,6 +13,8 @@ from transformers import HfArgumentParser
 from hf_xgrad.recipes.input_errors import InputError, describe_choices, one_line
 
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
+# Steps between two entries of the log, where Transformers has 500: a run of some hundred steps would have no curve.
+LOGGING_STEPS = 10
 
 
 @dataclasses.dataclass
@@ -116,12 +118,24 @@ class ScriptParser(HfArgumentParser):
 
     def __init__(self, *dataclass_types: Any, prog: str, description: str) -> None:
         super().__init__(list(dataclass_types), prog=prog, description=description, allow_abbrev=False)
+        self._log_small_runs()
 
     def error(self, message: str) -> NoReturn:
         raise InputError(one_line(message))
 
+    def _log_small_runs(self) -> None:
+        """Log more often than Transformers does; what follows --logging_steps there stays where it was."""
+        if logging := self._option_string_actions.get("--logging_steps"):
+            logging.help = "Log every so many steps; below 1, a share of all steps. Transformers' own default is 500."
+            evaluation = self._option_string_actions["--eval_steps"]
+            evaluation.help = f"{evaluation.help} Where neither is given, every 500 steps."
+            self.set_defaults(logging_steps=LOGGING_STEPS)
+
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Return one instance for each dataclass; a config file may come first, and flags override it."""
+        if self.get_default("logging_steps") == LOGGING_STEPS:
+            given = {name.replace("-", "_") for name in self.given(arguments)}
+            self.set_defaults(eval_steps=None if "logging_steps" in given else 500)
         try:
             return self.parse_args_into_dataclasses(self._words(arguments), look_for_args_file=False)
         except (ValueError, ImportError) as error:

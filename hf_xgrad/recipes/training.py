@@ -10,7 +10,7 @@ from transformers.trainer_utils import has_length
 
 from hf_xgrad.outputs.files import STATE_FILE
 from hf_xgrad.recipes.input_errors import InputError
-from hf_xgrad.recipes.results import RESUMED, read_json
+from hf_xgrad.recipes.results import RESUMED, read_json, until_trained
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def _load_finished(trainer: Trainer, checkpoint: Path, state: TrainerState) -> d
     has_state = (results / STATE_FILE).is_file()
     # That of the folder has the end of the training, too.
     trainer.state = TrainerState.load_from_json(str(results / STATE_FILE)) if has_state else state
+    trainer.state.log_history = until_trained(trainer.state.log_history)
     # The card says which one it was.
     trainer.create_optimizer()
     trainer.save_model(_internal_call=True)
@@ -96,6 +97,9 @@ def record(trainer: Trainer, kind: str, metrics: dict[str, float]) -> dict[str, 
     if metrics:
         trainer.log_metrics(kind, metrics)
         trainer.save_metrics(kind, metrics)
+        if kind == "eval" and trainer.args.do_train:
+            # Its log has this evaluation now.
+            trainer.save_state()
     return metrics
 
 

@@ -9,6 +9,7 @@ import pytest
 from hf_xgrad import XGradTrainingArguments
 from hf_xgrad.recipes.arguments import ScriptParser
 from hf_xgrad.recipes.input_errors import InputError, one_line, run_script
+from hf_xgrad.recipes.loop.arguments import LoopArguments
 
 
 @dataclasses.dataclass
@@ -148,3 +149,24 @@ def test_status_0_and_the_arguments() -> None:
 
 def test_one_line() -> None:
     assert one_line(ValueError(" a\n\t b ")) == "a b"
+
+
+@pytest.mark.parametrize("kind", [XGradTrainingArguments, LoopArguments])
+@pytest.mark.parametrize(
+    ("flags", "intervals"),
+    [
+        ([], (10, 500)),
+        (["--logging_steps", "50"], (50, 50)),
+        (["--logging-steps=10"], (10, 10)),
+        (["--eval_steps", "20"], (10, 20)),
+        (["--logging_steps", "0.5", "--eval_steps", "0.25"], (0.5, 0.25)),
+    ],
+)
+def test_a_small_run_is_logged(kind: type, flags: list[str], intervals: tuple[float, float], tmp_path: Path) -> None:
+    """More often than by Transformers' 500 steps; how often it is evaluated is not touched."""
+    parser = ScriptParser(kind, prog="x.py", description="x")
+    args = parser.parse(["--output_dir", str(tmp_path), "--eval_strategy", "steps", *flags])[0]
+    assert (args.logging_steps, args.eval_steps) == intervals
+    shown = " ".join(parser.format_help().split())
+    assert "Transformers' own default is 500" in shown
+    assert "Where neither is given, every 500 steps" in shown

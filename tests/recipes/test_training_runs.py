@@ -86,9 +86,17 @@ def test_a_run_that_was_killed_at_its_end_gets_its_files(
         (tmp_path / name).unlink()
     run(script, *common)
     # The metrics of the training as a whole went with the process.
-    assert [entry for entry in history(tmp_path) if "eval_loss" in entry or "loss" in entry] == before[:-1]
+    assert history(tmp_path) == [entry for entry in before if "train_loss" not in entry]
     for name in ("eval_loss", "eval_perplexity_at_start"):
         assert read(tmp_path / "eval_results.json")[name] == evaluated[name]
+
+
+def test_the_last_evaluation_is_in_the_log_once(tmp_path: Path, script: ModuleType, texts: tuple[str, ...]) -> None:
+    """So that a picture of the run shows it, also of a run that is started again when it is complete."""
+    for _ in range(3):
+        run(script, *SHARED, *texts, "--output_dir", str(tmp_path))
+        logged = [entry["eval_loss"] for entry in history(tmp_path) if "eval_loss" in entry]
+        assert logged == [read(tmp_path / "eval_results.json")["eval_loss"]]
 
 
 def test_the_card_of_a_run_that_is_only_finished_again_is_the_same(tmp_path: Path, texts: tuple[str, ...]) -> None:

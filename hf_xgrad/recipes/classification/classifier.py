@@ -245,12 +245,11 @@ def write_classes_or_scores(
 def describe_for_card(data_args: DataArguments, args: Any) -> dict[str, Any]:
     """Return what the model card says of task and data. Of `args`, xgrad is read."""
     card: dict[str, Any] = {"tasks": "text-classification", "tags": ["xgrad"] if args.xgrad else []}
-    if data_args.task is not None:
-        return card | {
-            "language": "en",
-            "dataset": f"GLUE {data_args.task.title}",
-            "dataset_tags": HUB_NAME,
-            "dataset_args": data_args.task_name,
-        }
-    files = ", ".join(Path(path).name for path in data_args.files.values())
-    return card | {"dataset": data_args.dataset_name or files}
+    task, files = data_args.task, data_args.files
+    if task is not None and not files:
+        on_hub = {"dataset_tags": HUB_NAME, "dataset_args": data_args.task_name}
+        return card | on_hub | {"language": "en", "dataset": f"GLUE {task.title}"}
+    # What files hold nobody knows: their scores are not those of GLUE.
+    trained_on = Path(files["train"]).name if "train" in files else None
+    named = f"{trained_on} (as GLUE {task.title})" if task is not None and trained_on else trained_on
+    return card | {"dataset": data_args.dataset_name or named}

@@ -342,5 +342,4 @@ def describe_for_card(prepared: Prepared, args: Any) -> dict[str, Any]:
     if data_args.dataset_name is not None:
         on_hub = {} if Path(data_args.dataset_name).exists() else {"dataset_tags": data_args.dataset_name}
         return card | on_hub | {"dataset": data_args.dataset_name, "dataset_args": data_args.dataset_config_name}
-    files = [Path(path).name for path in (data_args.train_file, data_args.validation_file) if path]
-    return card | {"dataset": ", ".join(files) or "Python documentation"}
+    return card | {"dataset": Path(data_args.train_file).name if data_args.train_file else "Python documentation"}

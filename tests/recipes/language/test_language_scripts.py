@@ -228,7 +228,7 @@ def test_the_card_and_the_tokenizer(pretrained: Path, script: Script) -> None:
     header = card.split("---")[1]
     assert f"- {script.task}\n" in header
     assert "- xgrad\n" in header
-    assert "trained from scratch on the train.txt, validation.txt dataset" in card
+    assert "trained from scratch on the train.txt dataset" in card
     assert "[](" not in card
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     text = "".join(TRAIN)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from hf_xgrad import WeightPredictor, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.outputs.model_card import TAGS
+from hf_xgrad.outputs.stock_card import TAGS
 from hf_xgrad.recipes.arguments import ScriptParser
 from hf_xgrad.recipes.classification import glue as run_glue
 from hf_xgrad.recipes.corpora.acceptability import make_config, make_rows, make_tokenizer, write_rows
@@ -230,8 +230,8 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
     assert f"Resuming from {parts / f'checkpoint-{last}'} (step {last} of 8)" in caplog.text
     assert same_weights(parts, tmp_path / "whole")
     whole, resumed = history(tmp_path / "whole"), history(parts)
-    assert resumed[:-1] == whole[:-1]
-    assert resumed[-1]["train_loss"] != whole[-1]["train_loss"]  # that of the last part
+    assert resumed[:-2] == whole[:-2]
+    assert resumed[-2]["train_loss"] != whole[-2]["train_loss"]  # that of the last part
     assert read(parts / "train_results.json")["train_resumed_at_step"] == last
     evaluated = [untimed(read(folder / "eval_results.json")) for folder in (parts, tmp_path / "whole")]
     assert evaluated[0] == evaluated[1]
@@ -353,21 +353,29 @@ def test_a_hub_that_refuses_is_one_line_before_any_training(
 def test_the_card(tmp_path: Path, base: str | None, named: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    (tmp_path / "all_results.json").write_text('{"eval_accuracy": 0.75}')
+    (tmp_path / "eval_results.json").write_text('{"eval_accuracy": 0.75, "eval_runtime": 2.0, "epoch": 3.0}')
     write_json(tmp_path / "trainer_state.json", {"log_history": [{"step": 1, "loss": 0.5, "xgrad/cosine": 0.25}]})
     args = LoopArguments(output_dir=str(tmp_path), do_train=True, xgrad_steps=2.0)
     card = {"tasks": "text-classification", "tags": ["xgrad"], "dataset": "GLUE MRPC", "dataset_tags": "nyu-mll/glue"}
-    loop_results.write_card(args, tiny_models.bert(), None, base, card)
+    model = tiny_models.bert()
+    model.config._name_or_path = base or ""
+    loop_results.write_card(args, model, None, base, card)
     written = ModelCard.load(tmp_path / "README.md")
     assert written.data.base_model == named
     assert written.data.pipeline_tag == "text-classification"
     assert written.data.library_name == "transformers"
-    assert (written.data.datasets, written.data.tags) == ("nyu-mll/glue", [*TAGS])
+    assert (written.data.datasets, written.data.tags) == (["nyu-mll/glue"], [*TAGS])
+    (result,) = written.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 0.75, "nyu-mll/glue")
     assert written.data.license is None
-    for line in ("| eval_accuracy | 0.75 |", "| steps predicted ahead, s | 2 |", "| rule | closed form of AdamW |"):
+    for line in ("- Accuracy: 0.75", "- learning_rate: 5e-05", "ahead, s | 2 |", "closed form of AdamW |"):
         assert line in written.text
-    assert "rained on GLUE MRPC, in a loop under Accelerate." in written.text
-    assert written.text.count("fine-tuned version of [team/model]") == (named is not None)
+    origin = {
+        "team/model": "is a fine-tuned version of [team/model](https://huggingface.co/team/model)",
+        "here": "was fine-tuned from a model that is not on the Hub,",
+        None: "was trained from scratch",
+    }[base]
+    assert f"This model {origin} on the GLUE MRPC dataset." in written.text
     assert "here](" not in written.text
     assert f'BertForSequenceClassification.from_pretrained("{tmp_path.name}")' in written.text
 
@@ -509,7 +517,7 @@ def test_two_processes_are_those_of_the_trainer_and_resume(tmp_path: Path, files
     checkpoint = ("--resume_from_checkpoint", str(tmp_path / "loop" / "checkpoint-4"))
     launch(run_glue_no_trainer, *common, *checkpoint, "--output_dir", str(tmp_path / "resumed"))
     assert history(tmp_path / "loop") == history(tmp_path / "trainer")
-    assert history(tmp_path / "resumed")[:-1] == history(tmp_path / "loop")[:-1]
+    assert history(tmp_path / "resumed")[:-2] == history(tmp_path / "loop")[:-2]
     for name in ("trainer", "resumed"):
         assert same_weights(tmp_path / "loop", tmp_path / name)
         kinds = ("predict_results.tsv", "config.json")
