@@ -21,10 +21,11 @@ from transformers.utils.import_utils import is_liger_kernel_available
 
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.outputs.checkpoints import fault, last_checkpoint
-from hf_xgrad.outputs.files import SETTINGS_FILE
+from hf_xgrad.outputs.files import SETTINGS_FILE, left_by_runs, remove
 from hf_xgrad.outputs.hub import PUSH_ERRORS, push, push_again, push_command
 from hf_xgrad.outputs.model_card import add_comparison
 from hf_xgrad.recipes.arguments import RunArguments, ScriptParser
+from hf_xgrad.recipes.engines import check_engine
 from hf_xgrad.recipes.input_errors import InputError, as_input_error, check_positive, one_line
 from hf_xgrad.recipes.loop.arguments import Optim, make_optimizer, make_schedule
 from hf_xgrad.recipes.results import (
@@ -69,11 +70,13 @@ class Run:
         args: TrainingArguments, or LoopArguments.
         checkpoint: what is gone on with, if there is anything.
         settings: what makes it this run and not another, as plain values.
+        starts_over: whether what an earlier run left there goes first.
     """
 
     args: Any
     checkpoint: str | None
     settings: dict[str, Any]
+    starts_over: bool
 
     @property
     def folder(self) -> Path:
@@ -100,6 +103,7 @@ def set_up_logging(args: Any) -> None:
 
 def check_run(run_args: RunArguments, args: Any) -> None:
     """Refuse flags that no run can have. `args` are TrainingArguments, or LoopArguments."""
+    check_engine(args)
     _check_numbers(args)
     _try_optimizer(args)
     if isinstance(args, XGradTrainingArguments):
@@ -113,6 +117,8 @@ def check_run(run_args: RunArguments, args: Any) -> None:
         raise InputError("--use_liger_kernel needs the package liger-kernel, which is not installed")
     if args.resume_from_checkpoint and not run_args.resume:
         raise InputError("--resume_from_checkpoint and --no_resume exclude each other")
+    if args.resume_from_checkpoint and run_args.overwrite_output_dir:
+        raise InputError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
     if args.push_to_hub and not args.do_train:
         # What --output_dir may hold need not be what is evaluated.
         raise InputError("--push_to_hub pushes what is trained: give --do_train (`hf-xgrad push` pushes a folder)")
@@ -179,7 +185,10 @@ def plan_runs(
             # There is nothing to copy to: torch would say so of each loader.
             each.dataloader_pin_memory = False
         settings = _settings(each, flags)
-        runs.append(Run(each, _checkpoint(each, run_args, settings), settings))
+        starts_over = run_args.overwrite_output_dir and each.do_train
+        if starts_over:
+            _check_read(Path(str(each.output_dir)), flags)
+        runs.append(Run(each, _checkpoint(each, run_args, settings), settings, starts_over))
     # No process writes before the others have looked.
     PartialState().wait_for_everyone()
     for run in runs:
@@ -203,6 +212,9 @@ def do_runs(runs: Sequence[Run], run: Callable[[Any, str | None], dict[str, floa
         if len(runs) > 1:
             logger.info("The run with XGrad %s, in %s", "on" if each.args.xgrad else "off", each.folder)
         if each.args.do_train and each.args.process_index == 0:
+            if each.starts_over:
+                removed = remove(left_by_runs(each.folder))
+                logger.info("Starting over in %s: removed %s", each.folder, ", ".join(removed) or "nothing")
             write_json(each.folder / SETTINGS_FILE, each.settings)
         results.append(run(each.args, each.checkpoint))
     if main.args.process_index != 0:
@@ -253,7 +265,7 @@ def _checkpoint(args: Any, run_args: RunArguments, settings: dict[str, Any]) -> 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from error
-    if not args.do_train:
+    if not args.do_train or run_args.overwrite_output_dir:
         return None
     if not run_args.resume:
         # A run that came to nothing before its training leaves its settings alone.
@@ -275,9 +287,20 @@ def _checkpoint(args: Any, run_args: RunArguments, settings: dict[str, Any]) -> 
         return checkpoint
     if any(path for pattern in _FINISHED for path in folder.glob(pattern)):
         raise InputError(
-            f"--output_dir {folder} holds another run's results and no checkpoint to resume from; name a new folder"
+            f"--output_dir {folder} holds another run's results and no checkpoint to resume from; name a new folder "
+            "(or start over in this one, by --overwrite_output_dir)"
         )
     return None
+
+
+def _check_read(folder: Path, flags: Sequence[Any]) -> None:
+    """Refuse to start over where the run reads what would be removed."""
+    removed = {path.resolve() for path in left_by_runs(folder)}
+    for name, value in (item for each in flags for item in vars(each).items()):
+        if isinstance(value, str) and Path(value).exists():
+            path = Path(value).resolve()
+            if path == folder.resolve() or not removed.isdisjoint([path, *path.parents]):
+                raise InputError(f"--overwrite_output_dir would remove what --{name} {value} is: name a new folder")
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:

@@ -53,6 +53,8 @@ class CausalDataArguments(LanguageDataArguments):
 class SampleArguments:
     """A sample of what the trained model writes."""
 
+    _argument_group_name = "run"
+
     sample_length: int | None = dataclasses.field(
         default=None, metadata={"help": "Let the trained model write so many tokens: printed, and in sample.txt."}
     )

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 class LanguageDataArguments:
     """Which texts."""
 
+    _argument_group_name = "data"
+
     dataset_name: str | None = dataclasses.field(
         default=None, metadata={"help": "A data set on the Hub, or a folder that `datasets` can load."}
     )

@@ -57,6 +57,8 @@ def _of_trainer(name: str) -> Any:
 class LoopArguments:
     """Those of the Trainer's arguments that the loop honours."""
 
+    _argument_group_name = "training"
+
     output_dir: str = dataclasses.field(default="trainer_output", metadata={"help": "Where the results go."})
     do_train: bool = _of_trainer("do_train")
     do_eval: bool = _of_trainer("do_eval")
