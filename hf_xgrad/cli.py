@@ -12,20 +12,26 @@ import os
 import platform
 import shutil
 import sys
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module, metadata, resources
 from pathlib import Path
 from typing import Any
 
 from hf_xgrad import __version__
 from hf_xgrad.recipes.input_errors import InputError, describe_choices, run_script
+from hf_xgrad.recipes.results import text_table
 
 Row = dict[str, str]
 
 OPTIM = "--optim"  # the rows of names that --optim takes
-COLUMNS = ("optimizer", "rule", "class", "remark")
+# The columns, and what of them may be broken over lines.
+COLUMNS: dict[str, dict[str, Any]] = {
+    "optimizer": {"min_width": 8},
+    "rule": {"no_wrap": True},
+    "class": {"min_width": 8},
+    "remark": {},
+}
 
 # Libraries that a bug may come from, as pip names them.
 _REQUIRED = ("torch", "transformers", "accelerate", "safetensors")
@@ -108,26 +114,9 @@ def optimizers(arguments: argparse.Namespace) -> None:
             install = f"not installed here: pip install {' '.join(missing)}" if missing else ""
             note = "; ".join(filter(None, (group["note"], install)))
             lines.append((name, group["rule"], group["class"], note))
-        print(in_columns(lines, shutil.get_terminal_size().columns))
+        print(text_table(COLUMNS, lines, max(60, shutil.get_terminal_size().columns)))
     counts = Counter(row["rule"] for row in rows)
     print("\n" + ", ".join(f"{number} {rule}" for rule, number in counts.most_common()) + " (each setting counted)")
-
-
-def in_columns(lines: Sequence[tuple[str, ...]], width: int) -> str:
-    """Lines of `COLUMNS` under their titles, broken so that they fit into `width`."""
-    lines = [COLUMNS, *lines]
-    widest = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    # A rule is never broken; the others share what it leaves, and the remark takes what the first two do not need.
-    room = max(width, 60) - widest[1] - 2 * (len(COLUMNS) - 1)
-    name, exact_class = min(widest[0], 3 * room // 10), min(widest[2], 4 * room // 10)
-    widths = (name, widest[1], exact_class, min(widest[3], room - name - exact_class))
-    text = []
-    for line in lines:
-        cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(line, widths, strict=True)]
-        for i in range(max(len(cell) for cell in cells)):
-            parts = [(cell[i] if i < len(cell) else "").ljust(w) for cell, w in zip(cells, widths, strict=True)]
-            text.append("  ".join(parts).rstrip())
-    return "\n".join(text)
 
 
 # ---- env ----
@@ -178,7 +167,8 @@ def env(arguments: argparse.Namespace) -> None:
 
 
 def plot(arguments: argparse.Namespace) -> None:
-    from hf_xgrad.outputs.plots import PlotError, plot_folders
+    from hf_xgrad.outputs.plots import plot_folders
+    from hf_xgrad.outputs.run_logs import PlotError
 
     try:
         plot_folders(arguments.runs, arguments.output, arguments.metric)
@@ -268,10 +258,16 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    if words and words[0] in RECIPES:
-        module = import_module(f"hf_xgrad.recipes.{RECIPES[words[0]][0]}")
-        return module.main(words[1:])
-    return run_script("hf-xgrad", _run, words)
+    if not words or words[0] not in RECIPES:
+        return run_script("hf-xgrad", _run, words, again="")
+    module = {}
+
+    def load(words: list[str]) -> None:
+        module["main"] = import_module(f"hf_xgrad.recipes.{RECIPES[words[0]][0]}").main
+
+    # This takes seconds, in which a Ctrl-C may come, too.
+    status: int = run_script(f"hf-xgrad {words[0]}", load, words) or module["main"](words[1:])
+    return status
 
 
 def _run(words: list[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import hf_xgrad
 from hf_xgrad import cli as command_line
+from hf_xgrad.recipes.results import text_table
 
 ROOT = Path(hf_xgrad.__file__).resolve().parent.parent
 ROWS = command_line.read_table()["optimizers"]
@@ -147,10 +148,23 @@ def test_env_without_optional_libraries(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_the_table_needs_no_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is read from the package; nothing is imported for it, whatever is installed."""
+    """It is read from the package; nothing heavy is imported for it, whatever is installed."""
     before = set(sys.modules)
     output(capsys, "optimizers")
-    assert {name.partition(".")[0] for name in set(sys.modules) - before} <= {"hf_xgrad"}
+    assert {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names) <= {
+        *("hf_xgrad", "rich", "pygments"),
+    }
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_tables_have_no_colours_and_markup_is_text(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    """Wherever they go; and what is in square brackets is no style."""
+    monkeypatch.setenv(variable, "1")
+    shown = text_table({"a": {}, "b": {"no_wrap": True}}, [("[bold]x[/bold]", ":smile:"), ("y" * 30, "\\[z]")], 20)
+    assert shown.splitlines() == [
+        "a            b", "--------------------", "[bold]x[/bo  :smile:", "ld]", "yyyyyyyyyyy  \\[z]",
+        "yyyyyyyyyyy", "yyyyyyyy",
+    ]  # fmt: skip
 
 
 # ---- the commands ----
@@ -202,6 +216,42 @@ def test_unknown_flags_are_named(name: str, capsys: pytest.CaptureFixture[str], 
     assert command_line.main([name, "--output_dir", str(tmp_path / "out"), "--lerning_rate", "1"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"hf-xgrad {name}: error: unknown argument --lerning_rate; did you mean --learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("words", "interrupted", "said"),
+    [
+        # Even before the command begins: to import what it needs takes seconds.
+        (["glue", "--help"], "hf_xgrad.cli.import_module", "glue: stopped; the same command goes on from the last"),
+        (
+            ["demo", "--output_dir", "out"],
+            "hf_xgrad.recipes.demo.write_data_set",
+            "demo: stopped; the same",
+        ),
+        (
+            ["sweep", "--learning_rates", "1", "--output_dir", "out"],
+            "hf_xgrad.recipes.sweep._value",
+            "sweep: stopped;",
+        ),
+        (["plot", "."], "hf_xgrad.outputs.plots.plot_folders", ": stopped"),
+        (["push", "."], "hf_xgrad.outputs.hub.push", ": stopped"),
+        (["optimizers"], "hf_xgrad.cli.read_table", ": stopped"),
+        (["env"], "hf_xgrad.cli.environment", ": stopped"),
+    ],
+)
+def test_ctrl_c_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: list[str], interrupted: str, said: str,
+) -> None:  # fmt: skip
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(interrupted, interrupt)
+    assert command_line.main(words) == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.removeprefix("hf-xgrad").lstrip().startswith(said)
+    assert ("checkpoint" in line) == (words[0] in ("glue", "sweep"))
 
 
 # ---- push ----

@@ -46,7 +46,7 @@ SETTINGS = {
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run `hf-xgrad demo` and return its exit status. `prog` is what the user called."""
-    return run_script(prog, lambda words: _run(words, prog), arguments)
+    return run_script(prog, lambda words: _run(words, prog), arguments, again="; the same command starts over")
 
 
 def _run(arguments: list[str], prog: str) -> None:

@@ -41,10 +41,16 @@ def describe_choices(name: str, choices: Sequence[str]) -> str:
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
-def run_script(prog: str, body: Callable[[list[str]], None], arguments: Sequence[str] | None) -> int:
+GO_ON = "; the same command goes on from the last checkpoint, if there is one"
+
+
+def run_script(
+    prog: str, body: Callable[[list[str]], None], arguments: Sequence[str] | None, again: str = GO_ON
+) -> int:
     """Run a recipe and return its exit status.
 
-    Wrong input, or a full disk, becomes one line on stderr and the status 2; Ctrl-C one line and 130.
+    Wrong input, or a full disk, becomes one line on stderr and the status 2; Ctrl-C one line, which ends in `again`,
+    and 130.
     """
     try:
         body(list(sys.argv[1:] if arguments is None else arguments))
@@ -52,8 +58,6 @@ def run_script(prog: str, body: Callable[[list[str]], None], arguments: Sequence
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"\n{prog}: stopped; the same command goes on from the last checkpoint, if there is one", file=sys.stderr
-        )
+        print(f"\n{prog}: stopped{again}", file=sys.stderr)
         return 130
     return 0

@@ -1,5 +1,6 @@
 """What a run leaves behind for its reader: predictions, results, the comparison of two runs."""
 
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,11 +50,30 @@ def compare(xgrad: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[Row]:
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> str:
-    """Return an aligned table: text to the left, numbers with four decimals to the right, "-" for what is missing."""
-    cells = [list(header), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    """Return a table: text to the left, numbers with four decimals to the right, "-" for what is missing."""
+    cells = [["-" if v is None else v if isinstance(v, str) else f"{v:.4f}" for v in row] for row in rows]
+    # So wide that nothing is broken or cut, wherever it is read.
+    columns = {title: {"justify": "right" if title != header[0] else "left"} for title in header}
+    return text_table(columns, cells, width=10_000)
+
+
+def text_table(columns: Mapping[str, Mapping[str, Any]], rows: Iterable[Sequence[str]], width: int) -> str:
+    """Return plain text, so many characters wide at most; the settings of columns are those of rich."""
+    from rich.box import Box
+    from rich.console import Console
+    from rich.table import Table
+
+    lines = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    table = Table(box=lines, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for title, settings in columns.items():
+        table.add_column(title, **{"overflow": "fold", **settings})
+    for row in rows:
+        table.add_row(*row)
+    # Whatever the terminal can do: what is piped or logged has no colours.
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None, markup=False, emoji=False, highlight=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def format_comparison(rows: Iterable[Row]) -> str:
@@ -77,6 +97,12 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return history
 
 
+def until_trained(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a log without the evaluations after the training, which a complete run that is started again repeats."""
+    ends = [number for number, entry in enumerate(history, start=1) if "train_loss" in entry]
+    return list(history[: ends[-1]] if ends else history)
+
+
 def first_logged(history: Iterable[Mapping[str, Any]], name: str) -> float:
     """Return the first value that a run logged under `name`."""
     return float(next((entry[name] for entry in history if name in entry), math.nan))
@@ -86,9 +112,3 @@ def last_logged(history: Iterable[Mapping[str, Any]], name: str) -> float:
     """Return the last value that a run logged under `name`."""
     values = [entry[name] for entry in history if name in entry]
     return float(values[-1]) if values else math.nan
-
-
-def _cell(value: str | float | None) -> str:
-    if value is None:
-        return "-"
-    return value if isinstance(value, str) else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""Runs within their output folders: what is started or resumed, and, under the Trainer, trained, saved and pushed.
+"""Runs within their output folders: what is checked, started or resumed, compared and pushed.
 
 With --baseline there are two, side by side.
 """
@@ -16,20 +16,19 @@ import datasets
 import transformers
 from accelerate import PartialState
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers import TrainingArguments
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.outputs.checkpoints import fault, last_checkpoint
-from hf_xgrad.outputs.files import SETTINGS_FILE, STATE_FILE
+from hf_xgrad.outputs.files import SETTINGS_FILE, left_by_runs, remove
 from hf_xgrad.outputs.hub import PUSH_ERRORS, push, push_again, push_command
 from hf_xgrad.outputs.model_card import add_comparison
 from hf_xgrad.recipes.arguments import RunArguments, ScriptParser
+from hf_xgrad.recipes.engines import check_engine
 from hf_xgrad.recipes.input_errors import InputError, as_input_error, check_positive, one_line
 from hf_xgrad.recipes.loop.arguments import Optim, make_optimizer, make_schedule
 from hf_xgrad.recipes.results import (
-    RESUMED,
     compare,
     format_comparison,
     read_json,
@@ -71,15 +70,26 @@ class Run:
         args: TrainingArguments, or LoopArguments.
         checkpoint: what is gone on with, if there is anything.
         settings: what makes it this run and not another, as plain values.
+        starts_over: whether what an earlier run left there goes first.
     """
 
     args: Any
     checkpoint: str | None
     settings: dict[str, Any]
+    starts_over: bool
 
     @property
     def folder(self) -> Path:
         return Path(str(self.args.output_dir))
+
+
+def make_parser(prog: str, description: str, *kinds: Any) -> ScriptParser:
+    """Make the parser of a recipe's command line; the arguments of the Trainer, or of the loop, come last."""
+    parser = ScriptParser(*kinds, prog=prog, description=description)
+    if kinds[-1] is XGradTrainingArguments:
+        # The Trainer's own default pushes every checkpoint, before there are any results to push with it.
+        parser.set_defaults(hub_strategy="end")
+    return parser
 
 
 def set_up_logging(args: Any) -> None:
@@ -93,8 +103,12 @@ def set_up_logging(args: Any) -> None:
 
 def check_run(run_args: RunArguments, args: Any) -> None:
     """Refuse flags that no run can have. `args` are TrainingArguments, or LoopArguments."""
+    check_engine(args)
     _check_numbers(args)
     _try_optimizer(args)
+    if isinstance(args, XGradTrainingArguments):
+        with as_input_error(ValueError, ImportError):
+            XGradTrainer.check_arguments(args)
     if args.fp16 and args.device.type == "cpu":
         raise InputError("--fp16 does nothing on a CPU: give --bf16")
     if args.eval_on_start and not args.do_eval:
@@ -103,6 +117,8 @@ def check_run(run_args: RunArguments, args: Any) -> None:
         raise InputError("--use_liger_kernel needs the package liger-kernel, which is not installed")
     if args.resume_from_checkpoint and not run_args.resume:
         raise InputError("--resume_from_checkpoint and --no_resume exclude each other")
+    if args.resume_from_checkpoint and run_args.overwrite_output_dir:
+        raise InputError("--resume_from_checkpoint and --overwrite_output_dir exclude each other")
     if args.push_to_hub and not args.do_train:
         # What --output_dir may hold need not be what is evaluated.
         raise InputError("--push_to_hub pushes what is trained: give --do_train (`hf-xgrad push` pushes a folder)")
@@ -148,12 +164,6 @@ def _try_optimizer(args: Any) -> None:
         raise InputError(f"{named}: {one_line(error)}") from error
 
 
-def check_optimizer_flags(args: XGradTrainingArguments) -> None:
-    """Refuse, before a model is loaded, an optimizer that the trainer would refuse."""
-    with as_input_error(ValueError, ImportError):
-        XGradTrainer.check_arguments(args)
-
-
 def plan_runs(
     parser: ScriptParser, arguments: Sequence[str], run_args: RunArguments, args: Any, *flags: Any
 ) -> list[Run]:
@@ -171,8 +181,14 @@ def plan_runs(
         of_runs.append(parser.parse([*arguments, *changed])[-1])
     runs = []
     for each in of_runs:
+        if each.device.type == "cpu":
+            # There is nothing to copy to: torch would say so of each loader.
+            each.dataloader_pin_memory = False
         settings = _settings(each, flags)
-        runs.append(Run(each, _checkpoint(each, run_args, settings), settings))
+        starts_over = run_args.overwrite_output_dir and each.do_train
+        if starts_over:
+            _check_read(Path(str(each.output_dir)), flags)
+        runs.append(Run(each, _checkpoint(each, run_args, settings), settings, starts_over))
     # No process writes before the others have looked.
     PartialState().wait_for_everyone()
     for run in runs:
@@ -196,6 +212,9 @@ def do_runs(runs: Sequence[Run], run: Callable[[Any, str | None], dict[str, floa
         if len(runs) > 1:
             logger.info("The run with XGrad %s, in %s", "on" if each.args.xgrad else "off", each.folder)
         if each.args.do_train and each.args.process_index == 0:
+            if each.starts_over:
+                removed = remove(left_by_runs(each.folder))
+                logger.info("Starting over in %s: removed %s", each.folder, ", ".join(removed) or "nothing")
             write_json(each.folder / SETTINGS_FILE, each.settings)
         results.append(run(each.args, each.checkpoint))
     if main.args.process_index != 0:
@@ -246,7 +265,7 @@ def _checkpoint(args: Any, run_args: RunArguments, settings: dict[str, Any]) -> 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from error
-    if not args.do_train:
+    if not args.do_train or run_args.overwrite_output_dir:
         return None
     if not run_args.resume:
         # A run that came to nothing before its training leaves its settings alone.
@@ -254,7 +273,12 @@ def _checkpoint(args: Any, run_args: RunArguments, settings: dict[str, Any]) -> 
             raise InputError(f"--no_resume starts over in an empty folder only, but --output_dir {folder} has files")
         return None
     if args.resume_from_checkpoint:
-        return _checked(_given_checkpoint(args.resume_from_checkpoint), args)
+        reason = fault(args.resume_from_checkpoint)
+        if reason is not None:
+            raise InputError(
+                f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a checkpoint that is whole: {reason}"
+            )
+        return _checked(args.resume_from_checkpoint, args)
     with as_input_error(ValueError):
         checkpoint = last_checkpoint(str(folder))
     if checkpoint is not None:
@@ -263,9 +287,20 @@ def _checkpoint(args: Any, run_args: RunArguments, settings: dict[str, Any]) -> 
         return checkpoint
     if any(path for pattern in _FINISHED for path in folder.glob(pattern)):
         raise InputError(
-            f"--output_dir {folder} holds another run's results and no checkpoint to resume from; name a new folder"
+            f"--output_dir {folder} holds another run's results and no checkpoint to resume from; name a new folder "
+            "(or start over in this one, by --overwrite_output_dir)"
         )
     return None
+
+
+def _check_read(folder: Path, flags: Sequence[Any]) -> None:
+    """Refuse to start over where the run reads what would be removed."""
+    removed = {path.resolve() for path in left_by_runs(folder)}
+    for name, value in (item for each in flags for item in vars(each).items()):
+        if isinstance(value, str) and Path(value).exists():
+            path = Path(value).resolve()
+            if path == folder.resolve() or not removed.isdisjoint([path, *path.parents]):
+                raise InputError(f"--overwrite_output_dir would remove what --{name} {value} is: name a new folder")
 
 
 def _unwritable(folder: Path, error: OSError) -> InputError:
@@ -283,13 +318,6 @@ def _check_settings(settings: dict[str, Any], folder: Path) -> None:
             )
 
 
-def _given_checkpoint(checkpoint: str) -> str:
-    reason = fault(checkpoint)
-    if reason is not None:
-        raise InputError(f"--resume_from_checkpoint {checkpoint} is not a checkpoint that is whole: {reason}")
-    return checkpoint
-
-
 def _checked(checkpoint: str, args: Any) -> str:
     """Refuse the Trainer a checkpoint of a loop under Accelerate, of which it would read a part, and the reverse."""
     of_loop = (Path(checkpoint) / LOOP_FILE).is_file()
@@ -297,90 +325,3 @@ def _checked(checkpoint: str, args: Any) -> str:
         other = "a script without the Trainer" if of_loop else "a script with the Trainer"
         raise InputError(f"{checkpoint} was written by {other}: go on with that one, or name a new --output_dir")
     return checkpoint
-
-
-def train(trainer: Trainer, checkpoint: str | None) -> dict[str, float]:
-    """Train, from `checkpoint` if there is one, save the model and return the training metrics.
-
-    Where the checkpoint is already the last one of the run, its model is loaded and nothing is trained: the Trainer's
-    own resuming would go one step too far if the run ends within an epoch.
-    """
-    if checkpoint is None:
-        return _trained(trainer, None, TrainerState())
-    state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
-    total = _total_steps(trainer)
-    if state.global_step >= total:
-        return _load_finished(trainer, Path(checkpoint), state)
-    logger.info("Resuming from %s (step %d of %d)", checkpoint, state.global_step, total)
-    return _trained(trainer, checkpoint, state) | {RESUMED: state.global_step}
-
-
-def _trained(trainer: Trainer, checkpoint: str | None, before: TrainerState) -> dict[str, float]:
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    tokens = trainer.state.num_input_tokens_seen - before.num_input_tokens_seen
-    if tokens > 0:
-        metrics["train_tokens_per_second"] = round(tokens / metrics["train_runtime"], 1)
-    # An "internal" call is one that does not push: results and card are still to be written.
-    trainer.save_model(_internal_call=True)
-    trainer.save_state()
-    if has_length(trainer.train_dataset):
-        metrics["train_samples"] = trainer.num_examples(trainer.get_train_dataloader())
-    return metrics
-
-
-def _total_steps(trainer: Trainer) -> int:
-    args = trainer.args
-    if args.max_steps > 0:
-        return args.max_steps
-    per_epoch = max(1, math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps))
-    return math.ceil(args.num_train_epochs * per_epoch)
-
-
-def _load_finished(trainer: Trainer, checkpoint: Path, state: TrainerState) -> dict[str, float]:
-    best = state.best_model_checkpoint
-    if trainer.args.load_best_model_at_end and best is not None and Path(best).is_dir():
-        checkpoint = Path(best)
-    logger.info("Training is complete in %s (step %d): nothing left to train", checkpoint, state.global_step)
-    _load_weights(trainer.model, checkpoint)
-    results = Path(str(trainer.args.output_dir))
-    has_state = (results / STATE_FILE).is_file()
-    # That of the folder has the end of the training, too.
-    trainer.state = TrainerState.load_from_json(str(results / STATE_FILE)) if has_state else state
-    # The card says which one it was.
-    trainer.create_optimizer()
-    trainer.save_model(_internal_call=True)
-    if not has_state:
-        trainer.save_state()
-    return read_json(results / "train_results.json")
-
-
-def _load_weights(model: Any, folder: Path) -> None:
-    if hasattr(model, "peft_config"):
-        import peft
-
-        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
-        return
-    stored = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
-    model.load_state_dict(stored.state_dict())
-
-
-def record(trainer: Trainer, kind: str, metrics: dict[str, float]) -> dict[str, float]:
-    """Show metrics, write them to <kind>_results.json and all_results.json, and return them."""
-    if metrics:
-        trainer.log_metrics(kind, metrics)
-        trainer.save_metrics(kind, metrics)
-    return metrics
-
-
-def write_card(trainer: Trainer, card: dict[str, Any]) -> None:
-    """Write the card of a trained model."""
-    if not trainer.args.do_train:
-        return
-    if trainer.args.push_to_hub:
-        # Trackers may have something to add to what is pushed.
-        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
-    model: Any = trainer.model
-    if hasattr(model, "peft_config"):
-        # peft rewrites the tags of the card, from those of the model.
-        model.get_base_model().add_model_tags(card["tags"])
-    trainer.create_model_card(**card)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from hf_xgrad import XGradConfig
 from hf_xgrad.core.config import AUTO_STEPS
 from hf_xgrad.outputs.plots import STYLES, new_figure
-from hf_xgrad.recipes.arguments import CONFIG_SUFFIXES, read_config_file
+from hf_xgrad.recipes.arguments import read_config_file, split_config
 from hf_xgrad.recipes.input_errors import InputError, describe_choices, run_script
 from hf_xgrad.recipes.results import format_table, read_json, steps_text, write_json
 
@@ -97,8 +97,9 @@ def _run(arguments: list[str], prog: str) -> None:
 def _check_flags(flags: list[str]) -> None:
     """Refuse flags for the script which the sweep decides."""
     names = [word[2:].split("=")[0] for word in flags if word.startswith("--")]
-    if flags and flags[0].endswith(CONFIG_SUFFIXES):
-        names += read_config_file(Path(flags[0]))
+    config, _ = split_config(flags)
+    if config is not None:
+        names += read_config_file(config)
     for name in names:
         if name in SWEPT:
             raise InputError(f"--{name} is not for the flags after `--`: the sweep decides it")

@@ -38,6 +38,9 @@ def check_optimizer_name(name: str) -> None:
 class _XGradFields(_Arguments):
     """The fields that XGrad adds to a class of TrainingArguments; see `XGradConfig` for what they mean."""
 
+    # The heading of these flags, and of those of Transformers, in the --help of HfArgumentParser.
+    _argument_group_name = "training"
+
     optim: str = field(
         default=TrainingArguments.default_optim,
         metadata={

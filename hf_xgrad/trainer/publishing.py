@@ -12,10 +12,10 @@ from transformers.utils import logging
 from hf_xgrad.core.config import XGradConfig
 from hf_xgrad.outputs.files import CheckpointError
 from hf_xgrad.outputs.hub import PUSH_ERRORS, UnsavedToken, has_model, push_again, push_command
-from hf_xgrad.outputs.model_card import (
-    TrainedModel,
+from hf_xgrad.outputs.model_card import TrainedModel, complete_card
+from hf_xgrad.outputs.stock_card import (
     base_model_of,
-    complete_card,
+    correct_saved_card,
     is_hub_id,
     naming_hub_models_only,
     with_readable_log,
@@ -48,6 +48,17 @@ class PublishingMixin(_Trainer):
             # The Trainer pickles its arguments, token and all, into a file that it pushes.
             self.args.hub_token = UnsavedToken(self.args.hub_token)
         self._warn_of_local_names()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = output_dir or str(self.args.output_dir)
+        try:
+            correct_saved_card(folder)
+        except OSError:
+            raise
+        except Exception:
+            # Whoever wrote it: it must not end a run.
+            logger.warning(f"XGrad: the model card in {folder} is left as it is.", exc_info=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's own card, completed: method and settings, loss curves, how to load the model, citation.

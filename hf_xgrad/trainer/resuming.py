@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import OPTIMIZER_NAME
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -70,6 +73,21 @@ class ResumingMixin(_Trainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._saved = None
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps: int, steps_of_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        found: tuple[int, int] = super()._init_training_state(
+            max_steps, steps_of_epoch, epochs, resume_from_checkpoint, trial
+        )
+        if epochs != sys.maxsize or self.state.global_step == 0 or self.state.epoch is None:
+            return found
+        # A stream: nobody knows how many batches it has, and the Trainer takes a pass to last all steps. But where the
+        # checkpoint was written it added to the passes made what share of all steps' batches this one had given.
+        state = TrainerState.load_from_json(os.path.join(str(resume_from_checkpoint), TRAINER_STATE_NAME))
+        passes = math.ceil(self.state.epoch) - 1
+        batches = round((self.state.epoch - passes) * state.max_steps * self.args.gradient_accumulation_steps)
+        return passes, 0 if self.args.ignore_data_skip else batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:

@@ -23,13 +23,13 @@ from torch import distributed as dist
 from transformers import Trainer, TrainerCallback
 
 import hf_xgrad.outputs.checkpoints as checkpoints
-from hf_xgrad.recipes.language import clm as run_clm
-from hf_xgrad.recipes.loop import clm as run_clm_no_trainer
 import tiny_models as tiny
 from hf_xgrad import XGradMixin, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.outputs.checkpoints import CheckpointError, fault, last_checkpoint
-from run_files import write_texts
+from hf_xgrad.recipes.language import clm as run_clm
+from hf_xgrad.recipes.loop import clm as run_clm_no_trainer
 from hf_xgrad.recipes.results import RESUMED
+from run_files import write_texts
 
 RULE = {"optim": "adamw_torch", "xgrad_rule": "last_update", "xgrad_steps": "auto"}
 STEPS = 6

@@ -145,8 +145,11 @@ def test_a_checkpoint_from_the_hub_is_gone_on_from(
     hub: HubServer, client: Clients, tmp_path: Path, name: str, rule: str
 ) -> None:
     settings = {
-        **{"xgrad_rule": rule, "xgrad_steps": 1.0, "lr_scheduler_type": "constant"},
-        **{"hub_strategy": "checkpoint", "max_steps": 4},
+        "xgrad_rule": rule,
+        "xgrad_steps": 1.0,
+        "lr_scheduler_type": "constant",
+        "hub_strategy": "checkpoint",
+        "max_steps": 4,
     }
     train(client, tmp_path / "first", name, push=False, **settings).unwrap()
     assert ("last-checkpoint/xgrad.safetensors" in hub.files(name)) == (rule == "last_update")
@@ -169,7 +172,9 @@ def test_what_is_pushed_while_training_goes_on_are_true_weights(
         client,
         tmp_path / "run",
         name,
-        **{"xgrad_rule": rule, "xgrad_steps": 1.0, "hub_strategy": "every_save"},
+        xgrad_rule=rule,
+        xgrad_steps=1.0,
+        hub_strategy="every_save",
         waits=False,
         lookup=5,
         push=False,
@@ -199,6 +204,28 @@ def test_only_a_base_model_of_the_hub_is_named(
         told = f"the model was loaded from {folder}, which is no id of the Hub"
         assert (told in outcome.log.partition("train_runtime")[0]) == (base != name)
     assert len(hub.titles(tuned)) == 2
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_each_push_of_an_adapter_to_a_local_model_arrives(
+    hub: HubServer, client: Clients, tmp_path: Path, name: str, strategy: str
+) -> None:
+    """Into every folder that it saves peft writes a card which names the base model, wherever that is."""
+    base, folder = tmp_path / "base", tmp_path / "run"
+    train(client, base, f"{name}-base").unwrap()
+    settings = {"base": str(base), "lora": True, "hub_strategy": strategy}
+    # The second run pushes the card that the first has left, too.
+    for _ in range(2):
+        outcome = train(client, folder, name, **settings)
+        outcome.unwrap()
+        assert "a push of a checkpoint failed" not in outcome.log
+    titles = [f"Training in progress, step {number}" for number in NUMBERS]
+    if strategy != "every_save":
+        titles = [title + end for title in titles for end in ("", ", checkpoint")]
+    assert [title for title in hub.titles(name) if title != "End of training"][: len(titles)] == titles
+    cards = [content.decode() for path, content in hub.files(name).items() if path.endswith("README.md")]
+    assert len(cards) == {"every_save": 1, "checkpoint": 2, "all_checkpoints": 1 + len(NUMBERS)}[strategy]
+    assert not any(str(base) in card for card in cards)
 
 
 def test_a_repository_that_is_there_is_fine(hub: HubServer, client: Clients, tmp_path: Path, name: str) -> None:
@@ -280,7 +307,7 @@ def test_a_push_again_that_fails_again_says_so(hub: HubServer, client: Clients, 
     outcome = train(client, tmp_path / "run", name)
     again = push_again(client, outcome)
     assert again["status"] == 2
-    assert again["errors"].splitlines()[-1].startswith("error: ")
+    assert again["errors"].splitlines()[-1].startswith("hf-xgrad: error: ")
     assert "500" in again["errors"].splitlines()[-1]
     assert "Traceback" not in again["errors"]
 
@@ -313,7 +340,7 @@ def test_pushing_by_hand(hub: HubServer, client: Clients, tmp_path: Path, name: 
     ):
         refused = push(*words, token=token)
         assert refused["status"] == 2
-        assert refused["errors"].splitlines()[-1].startswith("error: ")
+        assert refused["errors"].splitlines()[-1].startswith("hf-xgrad: error: ")
     assert "commit" not in {request.endpoint for request in hub.requests}
 
 

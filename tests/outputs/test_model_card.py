@@ -19,16 +19,9 @@ from transformers import Trainer
 
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.outputs.model_card import (
-    CARD_FILE,
-    PICTURE_FILE,
-    TAGS,
-    TrainedModel,
-    add_comparison,
-    complete_card,
-    is_hub_id,
-    naming_hub_models_only,
-)
+from hf_xgrad.outputs.files import CARD_FILE, PICTURE_FILE
+from hf_xgrad.outputs.model_card import TrainedModel, add_comparison, complete_card
+from hf_xgrad.outputs.stock_card import TAGS, is_hub_id, naming_hub_models_only
 
 GLUE = {"tasks": "text-classification", "dataset": "GLUE COLA", "dataset_tags": "nyu-mll/glue", "dataset_args": "cola"}
 ACCURACY = 0.75
@@ -104,7 +97,9 @@ def test_settings_are_those_of_the_run(tmp_path: Path, settings: dict[str, Any],
     assert row in card_of(tmp_path)[1]
 
 
-@pytest.mark.parametrize("settings", [{"optim": "adamw_torch", "xgrad_steps": "auto"}, {"optim": "adafactor"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"optim": "adamw_torch", "xgrad_steps": "auto"}, {"optim": "adafactor"}], ids=str
+)
 def test_a_chosen_s_is_told(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Asked for, or by default under the last-update rule."""
     trainer = trained(tmp_path, **settings)
@@ -208,6 +203,32 @@ def test_what_goes_wrong_with_the_card_does_not_end_the_run(tmp_path: Path, capl
     trainer.create_model_card(tags=["a", {1: 2}])
     assert "the model card is left as the Trainer wrote it" in caplog.text
     assert (tmp_path / CARD_FILE).is_file()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my own notes\n",
+        "---\na: [\n---\n",
+        "---\ntags: [{1: 2}]\n---\n",
+        "---\n- 1\n---\n",
+        "---\nbase_model: a/b\n---\n",
+    ],
+)
+def test_a_card_of_others_in_the_folder_stays_and_does_not_end_the_run(tmp_path: Path, text: str) -> None:
+    (tmp_path / CARD_FILE).write_text(text)
+    trained(tmp_path)
+    assert (tmp_path / CARD_FILE).read_text() == text
+
+
+def test_local_names_go_from_a_saved_card(tmp_path: Path) -> None:
+    head = "library_name: peft\nbase_model: '{0}'\ntags:\n- 'base_model:adapter:{0}'\n- lora\ndatasets:\n- '{0}'\n"
+    for name, kept in (("/models/bert", False), ("", False), ("me/base", True)):
+        (tmp_path / CARD_FILE).write_text(f"---\n{head.format(name)}---\n\n# text\n")
+        trained(tmp_path)
+        card, text = card_of(tmp_path)
+        expected = yaml.safe_load(head.format(name)) if kept else {"library_name": "peft", "tags": ["lora"]}
+        assert (card, text) == (expected, "\n# text\n")
 
 
 @pytest.mark.parametrize(("tasks", "tag"), [(["fill-mask"], "fill-mask"), (["fill-mask", "other"], None)])

@@ -89,7 +89,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
 
 def needs(tracker: str) -> None:
     if tracker not in INSTALLED:
-        pytest.skip(f"{tracker} is not installed: pip install 'hf_xgrad[trackers]'")
+        pytest.skip(f"{tracker} is not installed: pip install '.[trackers]'")
 
 
 def check_config(config: dict[str, Any]) -> None:

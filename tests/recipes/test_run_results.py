@@ -3,7 +3,12 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from hf_xgrad.recipes.classification.classifier import describe_for_card
+from hf_xgrad.recipes.classification.data import DataArguments
 from hf_xgrad.recipes.results import (
     compare,
     format_comparison,
@@ -62,3 +67,22 @@ def test_metrics_of_a_run_that_left_none(tmp_path: Path) -> None:
 def test_the_last_logged_value() -> None:
     assert last_logged([{"loss": 2.0}, {"loss": 1.0}, {"eval_loss": 3.0}], "loss") == 1.0
     assert math.isnan(last_logged([], "loss"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "dataset", "tags"),
+    [
+        ({"task_name": "mrpc"}, "GLUE MRPC", "nyu-mll/glue"),
+        ({"dataset_name": "me/mine"}, "me/mine", None),
+        ({"train_file": "a/train.csv", "validation_file": "dev.csv", "test_file": "test.csv"}, "train.csv", None),
+        ({"task_name": "mrpc", "train_file": "my.tsv", "validation_file": "dev.tsv"}, "my.tsv (as GLUE MRPC)", None),
+        ({"task_name": "mrpc", "validation_file": "dev.tsv"}, None, None),
+    ],
+)
+def test_a_card_names_what_the_model_was_trained_on(
+    settings: dict[str, str], dataset: str | None, tags: str | None
+) -> None:
+    """Neither what it was evaluated on, nor a data set of the Hub where the rows came from files."""
+    card = describe_for_card(DataArguments(**settings), SimpleNamespace(xgrad=True))
+    assert (card["dataset"], card.get("dataset_tags")) == (dataset, tags)
+    assert ("dataset_args" in card) == (tags is not None)

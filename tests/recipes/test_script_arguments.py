@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from hf_xgrad import XGradTrainingArguments
-from hf_xgrad.recipes.arguments import ScriptParser
+from hf_xgrad.recipes.arguments import HABITS, ModelArguments, RunArguments, ScriptParser
+from hf_xgrad.recipes.classification.data import DataArguments
 from hf_xgrad.recipes.input_errors import InputError, one_line, run_script
+from hf_xgrad.recipes.loop.arguments import LoopArguments
 
 
 @dataclasses.dataclass
@@ -75,6 +78,112 @@ def test_json_and_yaml_say_the_same(tmp_path: Path) -> None:
 def test_flags_after_the_file_override_it(tmp_path: Path) -> None:
     path = written(tmp_path, "s.yaml", "count: 3\nrate: 1\nno_resume: true\n")
     assert parse(path, "--count", "4") == Settings(count=4, rate=1.0, resume=False)
+
+
+@pytest.mark.parametrize("given", ["{} --count 4", "--config {} --count 4", "--count 4 --config {}", "--config={}"])
+def test_a_config_file_comes_first_or_after_its_flag(tmp_path: Path, given: str) -> None:
+    path = written(tmp_path, "s.yaml", "count: 3\nrate: 1\n")
+    count = 4 if "--count" in given else 3
+    assert parse(*given.format(path).split()) == Settings(count=count, rate=1.0)
+
+
+def test_a_config_file_after_its_flag_needs_no_ending(tmp_path: Path) -> None:
+    assert parse("--config", written(tmp_path, "settings", "count: 3\n")).count == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--config"], "--config needs the name of a file"),
+        (["--config", "nowhere.yaml"], "cannot read nowhere.yaml: No such file or directory"),
+        (["{}", "--config", "{}"], "one config file"),
+        (["--config", "{}", "--config={}"], "one config file"),
+    ],
+)
+def test_wrong_config_flags_are_named(tmp_path: Path, arguments: list[str], named: str) -> None:
+    path = written(tmp_path, "s.yaml", "count: 3\n")
+    with pytest.raises(InputError, match=named):
+        parse(*(word.format(path) for word in arguments))
+
+
+# ---- help ----
+
+
+@pytest.fixture
+def recipe() -> ScriptParser:
+    kinds = (ModelArguments, DataArguments, RunArguments, XGradTrainingArguments)
+    return ScriptParser(*kinds, prog="x.py", description="x")
+
+
+def test_help_has_a_group_for_each_kind_of_flags(recipe: ScriptParser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    text = recipe.format_help()
+    usage, *groups = re.split(r"^(\S.*):\n", text, flags=re.MULTILINE)
+    assert "[settings.yaml]" in usage
+    assert groups[::2] == ["options", "XGrad", "data", "model", "run", "training"]
+    shown = {title: re.findall(r"^  (?:-h, )?--(\w+)", flags, re.MULTILINE) for title, flags in
+             zip(groups[::2], groups[1::2], strict=True)}  # fmt: skip
+    assert shown["options"] == ["help", "config"]
+    assert shown["XGrad"] == ["xgrad", "no_xgrad", "xgrad_steps", "xgrad_rule", "xgrad_weight_decay"]
+    assert "task_name" in shown["data"]
+    assert "model_name_or_path" in shown["model"]
+    assert shown["run"] == ["resume", "no_resume", "overwrite_output_dir", "baseline"]
+    assert "learning_rate" in shown["training"]
+
+
+def test_help_shows_each_flag_once(recipe: ScriptParser) -> None:
+    """And both ways to write it are taken."""
+    text = recipe.format_help()
+    assert re.findall(r"^ +--[a-z_]+-.*", text, re.MULTILINE) == []
+    flags = re.findall(r"^  (--\w+)", text, re.MULTILINE)
+    assert len(flags) == len(set(flags))
+    words = ["--task_name", "mrpc", "--output_dir", "x"]
+    assert recipe.parse([*words, "--weight-decay=1", "--no-resume"]) == recipe.parse(
+        [*words, "--weight_decay", "1", "--no_resume"]
+    )
+
+
+# ---- flags of other scripts ----
+
+
+def test_flags_that_mean_the_same_are_taken(recipe: ScriptParser, tmp_path: Path) -> None:
+    words = ["--task_name", "WNLI", "--output_dir", "x", "--use_cpu"]
+    theirs = ["--max_train_steps=7", "--num_warmup_steps", "2", "--max_length", "64", "--metric-name", "f1"]
+    ours = ["--max_steps", "7", "--warmup_steps", "2", "--max_seq_length", "64", "--metrics", "f1"]
+    assert recipe.parse([*words, *theirs]) == recipe.parse([*words, *ours])
+    path = written(tmp_path, "s.yaml", "max_train_steps: 7\nnum_warmup_steps: 2\n")
+    assert recipe.parse([path, *words]) == recipe.parse([*words, *ours[:4]])
+    assert {"max_steps", "warmup_steps"} <= recipe.given([path, *words])
+
+
+@pytest.mark.parametrize("name", [name for name, habit in HABITS.items() if " " in habit])
+def test_others_are_answered_with_what_does_it(recipe: ScriptParser, name: str, tmp_path: Path) -> None:
+    for words in (
+        f"--{name} 1",
+        f"--{name}=1",
+        f"--{name.replace('_', '-')} 1",
+        written(tmp_path, "s.yaml", f"{name}: 1"),
+    ):
+        with pytest.raises(InputError, match=re.escape(f" here: {HABITS[name]}")) as caught:
+            recipe.parse(words.split())
+        assert name in str(caught.value).replace("-", "_")
+
+
+def test_what_is_answered_is_true(recipe: ScriptParser) -> None:
+    """No flag that there is is refused, and all that are named are there."""
+    options = set(recipe._option_string_actions)
+    assert {f"--{name}" for name in HABITS}.isdisjoint(options)
+    for habit in HABITS.values():
+        named = re.findall(r"--\w+", habit) if " " in habit else [f"--{habit}"]
+        assert set(named) <= options, habit
+
+
+@pytest.mark.parametrize("name", ["WNLI", "SST-2", "CoLA", "sts-b"])
+def test_tasks_in_capitals(name: str) -> None:
+    assert DataArguments(task_name=name).task is DataArguments(task_name=name.lower().replace("-", "")).task
+
+
+# ---- wrong ones ----
 
 
 @pytest.mark.parametrize(
@@ -148,3 +257,24 @@ def test_status_0_and_the_arguments() -> None:
 
 def test_one_line() -> None:
     assert one_line(ValueError(" a\n\t b ")) == "a b"
+
+
+@pytest.mark.parametrize("kind", [XGradTrainingArguments, LoopArguments])
+@pytest.mark.parametrize(
+    ("flags", "intervals"),
+    [
+        ([], (10, 500)),
+        (["--logging_steps", "50"], (50, 50)),
+        (["--logging-steps=10"], (10, 10)),
+        (["--eval_steps", "20"], (10, 20)),
+        (["--logging_steps", "0.5", "--eval_steps", "0.25"], (0.5, 0.25)),
+    ],
+)
+def test_a_small_run_is_logged(kind: type, flags: list[str], intervals: tuple[float, float], tmp_path: Path) -> None:
+    """More often than by Transformers' 500 steps; how often it is evaluated is not touched."""
+    parser = ScriptParser(kind, prog="x.py", description="x")
+    args = parser.parse(["--output_dir", str(tmp_path), "--eval_strategy", "steps", *flags])[0]
+    assert (args.logging_steps, args.eval_steps) == intervals
+    shown = " ".join(parser.format_help().split())
+    assert "Transformers' own default is 500" in shown
+    assert "Where neither is given, every 500 steps" in shown

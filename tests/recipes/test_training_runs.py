@@ -41,8 +41,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return write_texts(tmp_path_factory.mktemp("texts"))
 
 
-def run(script: Any, *flags: str) -> None:
-    assert script.main([*flags, *QUIET]) == 0
+def run(script: Any, *flags: str, status: int = 0) -> None:
+    assert script.main([*flags, *QUIET]) == status
 
 
 def refused(script: Any, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -50,7 +50,7 @@ def refused(script: Any, capsys: pytest.CaptureFixture[str], *flags: str) -> str
     capsys.readouterr()
     assert script.main([*QUIET, *flags]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    start = f"{Path(script.__file__).name}: error: "
+    start = f"{script.PROG}: error: "
     assert line.startswith(start)
     return line.removeprefix(start)
 
@@ -86,9 +86,17 @@ def test_a_run_that_was_killed_at_its_end_gets_its_files(
         (tmp_path / name).unlink()
     run(script, *common)
     # The metrics of the training as a whole went with the process.
-    assert [entry for entry in history(tmp_path) if "eval_loss" in entry or "loss" in entry] == before[:-1]
+    assert history(tmp_path) == [entry for entry in before if "train_loss" not in entry]
     for name in ("eval_loss", "eval_perplexity_at_start"):
         assert read(tmp_path / "eval_results.json")[name] == evaluated[name]
+
+
+def test_the_last_evaluation_is_in_the_log_once(tmp_path: Path, script: ModuleType, texts: tuple[str, ...]) -> None:
+    """So that a picture of the run shows it, also of a run that is started again when it is complete."""
+    for _ in range(3):
+        run(script, *SHARED, *texts, "--output_dir", str(tmp_path))
+        logged = [entry["eval_loss"] for entry in history(tmp_path) if "eval_loss" in entry]
+        assert logged == [read(tmp_path / "eval_results.json")["eval_loss"]]
 
 
 def test_the_card_of_a_run_that_is_only_finished_again_is_the_same(tmp_path: Path, texts: tuple[str, ...]) -> None:
@@ -176,9 +184,8 @@ def test_no_process_writes_before_all_have_looked(
     with monkeypatch.context() as patch:
         patch.setattr(PartialState, "wait_for_everyone", lambda _: seen.extend(list(f.iterdir()) for f in folders))
         # Before data are read.
-        patch.setattr(script if script is run_clm_no_trainer else language_modeling, "prepare", prepare)
-        with pytest.raises(KeyboardInterrupt):
-            run(script, *SHARED, *texts, "--no_resume", "--baseline", "--output_dir", str(folders[0]))
+        patch.setattr(language_modeling, "prepare", prepare)
+        run(script, *SHARED, *texts, "--no_resume", "--baseline", "--output_dir", str(folders[0]), status=130)
     # What came to nothing does not stand in the way.
     run(script, *SHARED, *texts, "--no_resume", "--baseline", "--output_dir", str(folders[0]))
 
@@ -190,10 +197,11 @@ def test_settings_alone_are_no_run(tmp_path: Path, script: ModuleType, texts: tu
 
 
 def launch(script: Any, *flags: str) -> None:
-    file = Path(script.__file__)
-    paths = {"PYTHONPATH": str(file.parents[1]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    paths = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = subprocess.run([*launcher, str(file), *flags, *QUIET], env=os.environ | paths, capture_output=True)
+    done = subprocess.run(
+        [*launcher, "-m", script.__name__, *flags, *QUIET], env=os.environ | paths, capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()
 
 
@@ -241,8 +249,7 @@ def test_wrong_numbers_are_one_line_before_anything_is_read(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for module in (language_modeling, run_clm_no_trainer):
-        monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(language_modeling, "prepare", lambda *_: pytest.fail("read"))
     flags, named = FAULTS[fault]
     out = tmp_path / "out"
     assert refused(script, capsys, *SHARED, *texts, "--output_dir", str(out), *flags).startswith(named)
@@ -264,7 +271,7 @@ def test_what_only_the_trainer_has(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("training_runs.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("hf_xgrad.recipes.runs.is_liger_kernel_available", lambda: False)
     assert refused(run_clm, capsys, *SHARED, *texts, "--output_dir", str(tmp_path), *flags).startswith(named)
 
 

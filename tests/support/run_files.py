@@ -16,7 +16,7 @@ from hf_xgrad.recipes.loop import results as loop_results
 
 WORDS = ("the", "a", "boy", "girl", "dog", "sees", "likes", "runs", "sleeps", "and", "or", "but", "never", "often")
 # The Trainer of the language models counts the tokens of its input, the loop does not.
-_UNLIKE = ("_runtime", "_per_second", "total_flos", "num_input_tokens_seen")
+_UNLIKE = ("_runtime", "_preparation_time", "_per_second", "total_flos", "num_input_tokens_seen")
 
 
 def read(path: Path) -> dict[str, Any]:

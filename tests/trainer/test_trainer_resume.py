@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 import tiny_models as tiny
@@ -386,3 +387,57 @@ def test_a_damaged_file_does_not_matter_where_it_is_not_read(tmp_path: Path) -> 
     truncate(tmp_path / "checkpoint-4" / FILE)
     for settings in (CLOSED_FORM, {**LAST_UPDATE, "xgrad": False}, {**LAST_UPDATE, "xgrad_steps": 0}):
         make(tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+# Streams
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """Four batches and a half of `Sentences`, in another order in each pass."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rows = tiny.Sentences(18)
+        order = torch.randperm(18, generator=torch.Generator().manual_seed(self.epoch))
+        return (rows[int(number)] for number in order)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("rule", [CLOSED_FORM, LAST_UPDATE], ids=["closed_form", "last_update"])
+def test_a_stream_goes_on_in_the_pass_that_it_was_in(tmp_path: Path, rule: Any, accumulation: int) -> None:
+    """Five batches a pass, or two steps and a batch left over: stopped within a pass and at its end."""
+    settings = {**rule, **saving(1), "gradient_accumulation_steps": accumulation}
+
+    def make_stream(**changes: Any) -> Any:
+        trainer = make(tmp_path, dropout=0.1, **{**settings, **changes})
+        trainer.train_dataset = Stream()
+        return trainer
+
+    whole = make_stream()
+    whole.train()
+    expected = outcome(whole, since=0)
+    for step in (1, 2, 4, 5, 6, 7):
+        resumed = make_stream(save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        log, *rest = outcome(resumed, since=step)
+        assert (log, rest) == (expected[0][step:], list(expected[1:])), step
+        assert resumed.state.epoch == whole.state.epoch
+
+
+def test_a_stream_whose_run_becomes_longer_goes_on_where_it_was(tmp_path: Path) -> None:
+    def make_stream(name: str, **settings: Any) -> Any:
+        args = tiny.arguments(tmp_path / name, XGradTrainingArguments, lr_scheduler_type="constant", **settings)
+        return XGradTrainer(model=tiny.bert(), args=args, train_dataset=Stream())
+
+    whole = make_stream("whole", max_steps=9)
+    whole.train()
+    for steps in (3, 7):
+        make_stream("part", max_steps=steps, **saving(steps)).train()
+        longer = make_stream("longer", max_steps=9)
+        longer.train(resume_from_checkpoint=str(tmp_path / "part" / f"checkpoint-{steps}"))
+        assert outcome(longer, since=steps)[0] == outcome(whole, since=steps)[0]
+        assert tiny.same(tiny.weights(longer.model), tiny.weights(whole.model))

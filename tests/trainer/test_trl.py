@@ -23,11 +23,12 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrai
 
 import tiny_models as tiny
 from hf_xgrad import XGradConfig, XGradMixin, XGradTrainer
-from hf_xgrad.outputs.model_card import CARD_FILE, TAGS
+from hf_xgrad.outputs.files import CARD_FILE
+from hf_xgrad.outputs.stock_card import TAGS
 from reference import predicted_weights
 from small_runs import history
 
-trl = pytest.importorskip("trl", reason="needs TRL: pip install 'hf_xgrad[trl]'")
+trl = pytest.importorskip("trl", reason="needs TRL: pip install '.[trl]'")
 
 RULES = ["closed_form", "last_update"]
 SAMPLES = 12

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 class DataArguments:
     """Which texts and labels, and how they are fed to the model."""
 
+    _argument_group_name = "data"
+
     task_name: str | None = dataclasses.field(
         default=None, metadata={"help": f"GLUE task: {', '.join(TASKS)}. Without files, its data come from the Hub."}
     )
@@ -78,6 +80,9 @@ class DataArguments:
     overwrite_cache: bool = dataclasses.field(default=False, metadata={"help": "Tokenize again what is cached."})
 
     def __post_init__(self) -> None:
+        if self.task_name is not None:
+            # As GLUE itself writes them, too: SST-2, WNLI.
+            self.task_name = self.task_name.lower().replace("-", "")
         if self.task_name is not None and self.task_name not in TASKS:
             raise ValueError(f"unknown task {self.task_name!r}; --task_name is one of {', '.join(TASKS)}")
         for name in ("max_seq_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):

@@ -66,6 +66,10 @@ class MaskingCollator:
     ahead, or in several worker processes, masks as any other. In each epoch a row stands in another batch and is
     masked anew (not so in batches of one). Each row has one chosen word at least.
 
+    DataCollatorForLanguageModeling(seed=...) draws from one generator call by call, of each worker process: a run
+    that was resumed gets the masks of the start again, other workers give others, a short row may have none, and
+    with whole words none is replaced or left as it is.
+
     Args:
         tokenizer: has the mask and padding tokens.
         probability: how likely a word (`word_ids`) is chosen.

@@ -13,13 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 
+from hf_xgrad import XGradTrainingArguments
 from hf_xgrad.recipes.input_errors import check_positive, run_script
 from hf_xgrad.recipes.language.batches import CausalCollator
-from hf_xgrad.recipes.language.data import BlockCutter, LanguageDataArguments
-from hf_xgrad.recipes.language.modeling import EMBEDDED_TRAINING, Objective, run_language_model, sample_text
+from hf_xgrad.recipes.language.data import BlockCutter, LanguageDataArguments, special_tokens
+from hf_xgrad.recipes.language.modeling import (
+    EMBEDDED_TRAINING,
+    Objective,
+    Prepared,
+    run_language_model,
+    train_and_evaluate,
+)
+from hf_xgrad.recipes.pretrained import positions
 
 PROG = "hf-xgrad clm"
 
@@ -43,6 +52,8 @@ class CausalDataArguments(LanguageDataArguments):
 @dataclasses.dataclass
 class SampleArguments:
     """A sample of what the trained model writes."""
+
+    _argument_group_name = "run"
 
     sample_length: int | None = dataclasses.field(
         default=None, metadata={"help": "Let the trained model write so many tokens: printed, and in sample.txt."}
@@ -82,12 +93,17 @@ CAUSAL = Objective(
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run `hf-xgrad clm` and return its exit status. `prog` is what the user called."""
     return run_script(
-        prog, lambda words: run_language_model(prog, CAUSAL, words, [SampleArguments], _sample), arguments
+        prog, lambda words: run_language_model(prog, CAUSAL, words, _run, further=[SampleArguments]), arguments
     )
 
 
-def _sample(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, sample_args: SampleArguments) -> None:
-    write_sample(trainer.accelerator, trainer.model, tokenizer, sample_args, trainer.args)
+def _run(
+    prepared: Prepared, args: XGradTrainingArguments, checkpoint: str | None, sample_args: SampleArguments
+) -> dict[str, float]:
+    def sample(trainer: Trainer) -> None:
+        write_sample(trainer.accelerator, trainer.model, prepared.tokenizer, sample_args, args)
+
+    return train_and_evaluate(prepared, args, checkpoint, sample)
 
 
 def write_sample(
@@ -107,6 +123,38 @@ def write_sample(
         return
     (Path(args.output_dir) / "sample.txt").write_text(text + "\n", encoding="utf-8")
     print(f"A sample of what the model writes:\n{text}")
+
+
+def sample_text(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int, seed: int, top_k: int = 40
+) -> str:
+    """Return the prompt and `length` tokens that a causal model writes after it, fewer where its positions end."""
+    # Without the tokens that the tokenizer puts after a text: the model is to go on.
+    before, _ = special_tokens(tokenizer)
+    ids = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    if not ids:
+        starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        ids = [next((start for start in starts if start is not None), 0)]
+    most = positions(model.config, model)
+    if most is not None and most > 1:
+        ids = ids[1 - most :]
+        length = min(length, most - len(ids))
+    inputs = torch.tensor([ids], device=model.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        was_training = model.training
+        model.eval()
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=True,
+            top_k=top_k,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model.train(was_training)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 class LanguageDataArguments:
     """Which texts."""
 
+    _argument_group_name = "data"
+
     dataset_name: str | None = dataclasses.field(
         default=None, metadata={"help": "A data set on the Hub, or a folder that `datasets` can load."}
     )
@@ -218,7 +220,7 @@ class BlockCutter:
 
     With `masked`, rows stand between the tokenizer's special tokens and have `word_ids`: the number of the word that a
     token belongs to, with `whole_words`, else of the token. With `by_line`, every text is a row of its own, cut off at
-    `size`.
+    `size`. The usual `group_texts` drops what is left over of each batch, and masks among the texts' special tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -233,6 +235,8 @@ class BlockCutter:
             raise InputError(
                 f"--whole_word_masking needs a fast tokenizer; {type(self.tokenizer).__name__} does not tell words"
             )
+        if self.size < (1 + self.tokenizer.num_special_tokens_to_add() if self.masked else 2):
+            raise InputError(f"rows of {self.size} tokens, as the model takes them, have none to predict")
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         texts = [_checked_text(text) for text in batch[self.column]]

@@ -17,7 +17,7 @@ from hf_xgrad import XGradTrainingArguments
 from hf_xgrad.recipes.input_errors import run_script
 from hf_xgrad.recipes.language.batches import MaskingCollator
 from hf_xgrad.recipes.language.data import BlockCutter, LanguageDataArguments
-from hf_xgrad.recipes.language.modeling import EMBEDDED_TRAINING, Objective, run_language_model
+from hf_xgrad.recipes.language.modeling import EMBEDDED_TRAINING, Objective, run_language_model, train_and_evaluate
 
 PROG = "hf-xgrad mlm"
 
@@ -102,7 +102,7 @@ MASKED = Objective(
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run `hf-xgrad mlm` and return its exit status. `prog` is what the user called."""
-    return run_script(prog, lambda words: run_language_model(prog, MASKED, words), arguments)
+    return run_script(prog, lambda words: run_language_model(prog, MASKED, words, train_and_evaluate), arguments)
 
 
 if __name__ == "__main__":

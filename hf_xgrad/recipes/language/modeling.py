@@ -6,14 +6,14 @@ processes. So does the training loss within an accumulation window.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_xgrad import XGradTrainer, XGradTrainingArguments
@@ -29,7 +29,6 @@ from hf_xgrad.recipes.language.data import (
     Texts,
     make_blocks,
     read_texts,
-    special_tokens,
     texts_from,
 )
 from hf_xgrad.recipes.language.models import (
@@ -44,16 +43,8 @@ from hf_xgrad.recipes.language.models import (
 )
 from hf_xgrad.recipes.language.scores import TokenScores, mean_loss, score_rows
 from hf_xgrad.recipes.results import first_logged
-from hf_xgrad.recipes.runs import (
-    check_optimizer_flags,
-    check_run,
-    do_runs,
-    plan_runs,
-    record,
-    set_up_logging,
-    train,
-    write_card,
-)
+from hf_xgrad.recipes.runs import check_run, do_runs, make_parser, plan_runs, set_up_logging
+from hf_xgrad.recipes.training import record, train, write_card
 
 METRICS = ("loss", "perplexity", "accuracy")
 # Where nothing is named, a small model is trained on load_texts(): what the scripts have in common then. One
@@ -186,35 +177,25 @@ def run_language_model(
     prog: str,
     objective: Objective,
     arguments: list[str],
-    further: Iterable[Any] = (),
-    after: Callable[..., None] = lambda trainer, tokenizer, *further: None,
+    run: Callable[..., dict[str, float]],
+    kind_of_arguments: type = XGradTrainingArguments,
+    further: Sequence[Any] = (),
 ) -> None:
     """Do what a command line asks for.
 
-    `further` are dataclasses of flags that the script has for itself; after each run they go, with the trainer and the
-    tokenizer, to `after`.
+    `kind_of_arguments` are those of the Trainer or of the loop, `further` dataclasses of flags that the script has for
+    itself. `run(prepared, args, checkpoint, *further)` does one run, from the initial weights, or a checkpoint, to the
+    files that it leaves, and returns its metrics.
     """
-    parser = ScriptParser(
-        *(LanguageModelArguments, objective.data_arguments, RunArguments, *further, XGradTrainingArguments),
-        prog=prog,
-        description=objective.description,
-    )
-    # The Trainer's own default pushes every checkpoint, before there are any results to push with it.
-    parser.set_defaults(hub_strategy="end")
+    kinds = (LanguageModelArguments, objective.data_arguments, RunArguments, *further, kind_of_arguments)
+    parser = make_parser(prog, objective.description, *kinds)
     model_args, data_args, run_args, *extra, args = parse_flags(parser, arguments, objective.embedded)
     set_up_logging(args)
-    _check(model_args, data_args, run_args, args)
+    _check(model_args, data_args, args)
+    check_run(run_args, args)
     runs = plan_runs(parser, arguments, run_args, args, model_args, data_args)
     prepared = prepare(objective, model_args, data_args, args)
-
-    def run(each: XGradTrainingArguments, checkpoint: str | None) -> dict[str, float]:
-        trainer = _make_trainer(prepared, each)
-        metrics = _train_and_evaluate(trainer, checkpoint)
-        after(trainer, prepared.tokenizer, *extra)
-        write_card(trainer, describe_for_card(prepared, each))
-        return metrics
-
-    do_runs(runs, run)
+    do_runs(runs, lambda each, checkpoint: run(prepared, each, checkpoint, *extra))
 
 
 def parse_flags(parser: ScriptParser, arguments: list[str], embedded: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -229,31 +210,23 @@ def parse_flags(parser: ScriptParser, arguments: list[str], embedded: Mapping[st
     return parser.parse(arguments)
 
 
-def _check(
-    model_args: LanguageModelArguments,
-    data_args: LanguageDataArguments,
-    run_args: RunArguments,
-    args: XGradTrainingArguments,
-) -> None:
+def _check(model_args: LanguageModelArguments, data_args: LanguageDataArguments, args: Any) -> None:
     if not (args.do_train or args.do_eval):
         raise InputError("nothing to do: give --do_train or --do_eval")
     model_args.check()
-    check_data(data_args, args)
+    if data_args.streaming and not isinstance(args, TrainingArguments):
+        raise InputError("--streaming is not for this loop, which counts the steps of an epoch; `hf-xgrad clm` has it")
+    if data_args.streaming and not data_args.named:
+        raise InputError("--streaming needs data to stream: give --dataset_name or --train_file")
+    if data_args.streaming and args.do_train and args.max_steps <= 0:
+        raise InputError("--streaming has no end that could be known: it needs --max_steps")
+    if not isinstance(args, TrainingArguments):
+        return
     if args.label_smoothing_factor:
         raise InputError("--label_smoothing_factor is not supported: perplexity is that of the data as they are")
     wanted = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if wanted not in METRICS:
         raise InputError(f"--metric_for_best_model {wanted} is not one of {', '.join(METRICS)}")
-    check_run(run_args, args)
-    check_optimizer_flags(args)
-
-
-def check_data(data_args: LanguageDataArguments, args: Any) -> None:
-    """Refuse data flags that do not make a run. Of `args`, do_train and max_steps are read."""
-    if data_args.streaming and not data_args.named:
-        raise InputError("--streaming needs data to stream: give --dataset_name or --train_file")
-    if data_args.streaming and args.do_train and args.max_steps <= 0:
-        raise InputError("--streaming has no end that could be known: it needs --max_steps")
 
 
 def prepare(
@@ -302,8 +275,6 @@ def make_language_model(prepared: Prepared) -> Any:
     model = make_model(objective.auto_class, prepared.model_args, prepared.config, prepared.tokenizer)
     if not objective.masked:
         check_looks_back(model)
-    # For whoever generates; the Trainer sets it, too.
-    model.config.pad_token_id = prepared.tokenizer.pad_token_id
     return model
 
 
@@ -331,21 +302,35 @@ def _make_trainer(prepared: Prepared, args: XGradTrainingArguments) -> LanguageM
         )
 
 
-def _train_and_evaluate(trainer: LanguageModelTrainer, checkpoint: str | None) -> dict[str, float]:
+def train_and_evaluate(
+    prepared: Prepared,
+    args: XGradTrainingArguments,
+    checkpoint: str | None,
+    before_card: Callable[[LanguageModelTrainer], None] = lambda trainer: None,
+) -> dict[str, float]:
+    """Do one run under the Trainer."""
+    trainer = _make_trainer(prepared, args)
     metrics: dict[str, float] = {}
-    if trainer.args.do_train:
+    if args.do_train:
         metrics |= record(trainer, "train", train(trainer, checkpoint))
-    if not trainer.args.do_eval:
-        return metrics
-    found = trainer.evaluate()
-    found["eval_tokens_per_second"] = round(trainer.tokens_read / found["eval_runtime"], 1)
-    before = first_logged(trainer.state.log_history, "eval_perplexity")
-    if trainer.args.do_train and trainer.args.eval_on_start:
-        found["eval_perplexity_at_start"] = before
-    metrics |= record(trainer, "eval", found)
-    if trainer.is_world_process_zero() and "eval_perplexity_at_start" in found:
-        print(f"Perplexity: {before:.1f} before training, {found['eval_perplexity']:.2f} after")
+    if args.do_eval:
+        found = trainer.evaluate()
+        found["eval_tokens_per_second"] = round(trainer.tokens_read / found["eval_runtime"], 1)
+        if args.do_train and args.eval_on_start:
+            found["eval_perplexity_at_start"] = first_logged(trainer.state.log_history, "eval_perplexity")
+        metrics |= record(trainer, "eval", found)
+        if trainer.is_world_process_zero():
+            tell_both_ends(found)
+    before_card(trainer)
+    write_card(trainer, describe_for_card(prepared, args))
     return metrics
+
+
+def tell_both_ends(found: dict[str, float]) -> None:
+    """Print the perplexity before training, if it is known, and after it."""
+    before = found.get("eval_perplexity_at_start")
+    if before is not None:
+        print(f"Perplexity: {before:.1f} before training, {found['eval_perplexity']:.2f} after")
 
 
 def describe_for_card(prepared: Prepared, args: Any) -> dict[str, Any]:
@@ -357,37 +342,4 @@ def describe_for_card(prepared: Prepared, args: Any) -> dict[str, Any]:
     if data_args.dataset_name is not None:
         on_hub = {} if Path(data_args.dataset_name).exists() else {"dataset_tags": data_args.dataset_name}
         return card | on_hub | {"dataset": data_args.dataset_name, "dataset_args": data_args.dataset_config_name}
-    files = [Path(path).name for path in (data_args.train_file, data_args.validation_file) if path]
-    return card | {"dataset": ", ".join(files) or "Python documentation"}
-
-
-def sample_text(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int, seed: int, top_k: int = 40
-) -> str:
-    """Return the prompt and `length` tokens that a causal model writes after it, fewer where its positions end."""
-    # Without the tokens that the tokenizer puts after a text: the model is to go on.
-    before, _ = special_tokens(tokenizer)
-    ids = [*before, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-    if not ids:
-        starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        ids = [next((start for start in starts if start is not None), 0)]
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and positions > 0:
-        ids = ids[1 - positions :]
-        length = min(length, positions - len(ids))
-    inputs = torch.tensor([ids], device=model.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        was_training = model.training
-        model.eval()
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            do_sample=True,
-            top_k=top_k,
-            min_new_tokens=length,
-            max_new_tokens=length,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model.train(was_training)
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    return card | {"dataset": Path(data_args.train_file).name if data_args.train_file else "Python documentation"}

@@ -5,18 +5,27 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_xgrad.recipes.arguments import ModelArguments
 from hf_xgrad.recipes.input_errors import InputError, as_input_error, check_positive, describe_choices
 from hf_xgrad.recipes.language.data import Texts
 from hf_xgrad.recipes.language.tokenizer import train_tokenizer
-from hf_xgrad.recipes.pretrained import ensure_padding_token, load_config, load_model, load_tokenizer
+from hf_xgrad.recipes.pretrained import (
+    NO_LIMIT,
+    ensure_padding_token,
+    fit_tokenizer,
+    known_tokens,
+    lacks_tokens,
+    load_config,
+    load_model,
+    load_tokenizer,
+    most_tokens,
+    positions,
+)
 
 # Flags that name a model.
 MODEL_SOURCES = ("model_name_or_path", "config_name", "model_type")
-# Tokenizers that know of no limit have a huge number there.
-_NO_LIMIT = 10**6
 _MOST_TOKENS = 1024
 
 
@@ -100,7 +109,7 @@ def make_tokenizer(model_args: LanguageModelArguments, texts: Texts, *, masked: 
         return load_tokenizer(model_args)
     with as_input_error(InputError, prefix="--new_tokenizer_size: "):
         return train_tokenizer(
-            texts.for_tokenizer(), model_args.new_tokenizer_size, masked=masked, model_max_length=_NO_LIMIT
+            texts.for_tokenizer(), model_args.new_tokenizer_size, masked=masked, model_max_length=NO_LIMIT
         )
 
 
@@ -148,12 +157,13 @@ def check_looks_back(model: Any) -> None:
     if model.config._attn_implementation not in ("eager", "sdpa"):
         # The others may need a device that the model is not on yet.
         return
-    row = torch.arange(8)
-    rows = torch.stack([row, row.clone()]) % model.get_input_embeddings().weight.shape[0]
+    row = torch.arange(min(8, positions(model.config, model) or 8))
+    rows = torch.stack([row, row.clone()]) % known_tokens(model)
     rows[1, -1] = rows[0, 0]
+    everything = torch.ones_like(rows, device=model.device)
     was_training = model.training
     with torch.no_grad():
-        logits = model.eval()(input_ids=rows.to(model.device)).logits
+        logits = model.eval()(input_ids=rows.to(model.device), attention_mask=everything).logits
     model.train(was_training)
     # More than a difference in rounding, which grouping tokens by experts, say, can make.
     tolerance = 64 * torch.finfo(logits.dtype).eps * logits.abs().max()
@@ -175,10 +185,10 @@ def make_model(
     settings = {} if attention is None else {"attn_implementation": attention}
     # A copy, as a new vocabulary changes it: the next model is to be made from what this one was.
     model = load_model(auto_class, model_args, copy.deepcopy(config), **settings)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        if model_args.lora:
-            raise InputError("--lora trains no embeddings: the tokenizer has tokens that the model does not know")
-        model.resize_token_embeddings(len(tokenizer))
+    if model_args.lora and lacks_tokens(model, tokenizer):
+        raise InputError("--lora trains no embeddings: the tokenizer has tokens that the model does not know")
+    # For whoever generates, the padding token, too.
+    fit_tokenizer(model, tokenizer)
     return _with_adapters(model, model_args) if model_args.lora else model
 
 
@@ -201,25 +211,7 @@ def block_size(asked: int | None, config: PreTrainedConfig, tokenizer: PreTraine
 
     The second value says whether more were asked for than the model takes.
     """
-    limits = (tokenizer.model_max_length, _positions(config))
-    most = min((limit for limit in limits if limit is not None and 0 < limit < _NO_LIMIT), default=_NO_LIMIT)
+    most = most_tokens(tokenizer, config)
     if asked is None:
         return min(most, _MOST_TOKENS), False
     return min(asked, most), asked > most
-
-
-def _positions(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a model has positions for, None for any number.
-
-    RoBERTa and its like begin to count behind the number of their padding token: those before it are no use.
-    """
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    # The code of a model that brings its own is not run for this.
-    if positions is None or hasattr(config, "auto_map"):
-        return positions
-    with as_input_error(ValueError, KeyError, ImportError, prefix="cannot make the model: "), torch.device("meta"):
-        model = AutoModel.from_config(config)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return positions - module.padding_idx - 1
-    return positions

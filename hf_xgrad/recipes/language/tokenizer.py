@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_xgrad.recipes.input_errors import InputError
@@ -40,17 +40,9 @@ def train_tokenizer(
             f"vocab_size={vocab_size}: must be at least {smallest}, {len(alphabet)} for the bytes and {len(names)} "
             "for the special tokens"
         )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=names,
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, vocab_size, show_progress=False, special_tokens=names)
+    tokenizer = Tokenizer.from_str(trained.to_str())
     # Offsets leave out the space before a word: who maps tokens to the text wants the words.
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
     if masked:

@@ -16,7 +16,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
-from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_xgrad import XGradConfig, XGradTrainer, XGradTrainingArguments
 from hf_xgrad.trainer.arguments import Steps
@@ -57,6 +56,8 @@ def _of_trainer(name: str) -> Any:
 @dataclasses.dataclass
 class LoopArguments:
     """Those of the Trainer's arguments that the loop honours."""
+
+    _argument_group_name = "training"
 
     output_dir: str = dataclasses.field(default="trainer_output", metadata={"help": "Where the results go."})
     do_train: bool = _of_trainer("do_train")
@@ -171,8 +172,8 @@ def _json_settings(name: str, text: str) -> dict[str, Any]:
 def make_optimizer(model: nn.Module, args: LoopArguments) -> Optimizer:
     """Make the optimizer that the Trainer has under this name; biases and norms do not decay."""
     kind, settings = XGradTrainer.get_optimizer_cls_and_kwargs(args)  # type: ignore[arg-type]
-    exempt = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    decaying = set(get_parameter_names(model, [nn.LayerNorm], exempt))
+    # The Trainer's own answer needs no trainer.
+    decaying = set(XGradTrainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     groups = [
         {"params": [w for name, w in trained if name in decaying], "weight_decay": args.weight_decay},

@@ -7,10 +7,12 @@
 The twin of `hf-xgrad clm` without the Trainer: the same flags (fewer of them), losses and files.
 """
 
+import dataclasses
 import math
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,57 +21,44 @@ from accelerate import Accelerator
 from transformers import set_seed
 from transformers.trainer_utils import speed_metrics
 
-from hf_xgrad.recipes.arguments import RunArguments, ScriptParser
 from hf_xgrad.recipes.input_errors import InputError, run_script
 from hf_xgrad.recipes.language.batches import IGNORED
-from hf_xgrad.recipes.language.clm import CAUSAL, CausalDataArguments, SampleArguments, write_sample
+from hf_xgrad.recipes.language.clm import CAUSAL, SampleArguments, write_sample
 from hf_xgrad.recipes.language.modeling import (
     Prepared,
-    check_data,
     describe_for_card,
     make_language_model,
-    parse_flags,
-    prepare,
+    run_language_model,
+    tell_both_ends,
 )
-from hf_xgrad.recipes.language.models import LanguageModelArguments
 from hf_xgrad.recipes.language.scores import TokenScores, mean_loss, score_rows
 from hf_xgrad.recipes.loop.arguments import LoopArguments
 from hf_xgrad.recipes.loop.results import make_repository, record, save_model, write_card
 from hf_xgrad.recipes.loop.training import Batch, make_accelerator, make_loader, train
 from hf_xgrad.recipes.results import first_logged, read_log
-from hf_xgrad.recipes.runs import check_run, do_runs, plan_runs, set_up_logging
 
 PROG = "hf-xgrad clm-loop"
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run `hf-xgrad clm-loop` and return its exit status. `prog` is what the user called."""
-    return run_script(prog, lambda words: _run(words, prog), arguments)
-
-
-def _run(arguments: list[str], prog: str) -> None:
-    parser = ScriptParser(
-        *(LanguageModelArguments, CausalDataArguments, RunArguments, SampleArguments, LoopArguments),
-        prog=prog,
+    objective = dataclasses.replace(
+        CAUSAL,
         description=(__doc__ or "").splitlines()[0],
+        embedded={**CAUSAL.embedded, "output_dir": "outputs/clm_no_trainer"},
     )
-    embedded = {**CAUSAL.embedded, "output_dir": "outputs/clm_no_trainer"}
-    model_args, data_args, run_args, sample_args, args = parse_flags(parser, arguments, embedded)
-    set_up_logging(args)
-    if not (args.do_train or args.do_eval):
-        raise InputError("nothing to do: give --do_train or --do_eval")
-    if data_args.streaming:
-        raise InputError("--streaming is not for this loop, which counts the steps of an epoch; `hf-xgrad clm` has it")
-    model_args.check()
-    check_data(data_args, args)
-    check_run(run_args, args)
-    runs = plan_runs(parser, arguments, run_args, args, model_args, data_args)
-    prepared = prepare(CAUSAL, model_args, data_args, args)
-    do_runs(runs, lambda each, checkpoint: pretrain_or_fine_tune(prepared, sample_args, each, checkpoint))
+    body = partial(
+        run_language_model,
+        *(prog, objective),
+        run=pretrain_or_fine_tune,
+        kind_of_arguments=LoopArguments,
+        further=[SampleArguments],
+    )
+    return run_script(prog, body, arguments)
 
 
 def pretrain_or_fine_tune(
-    prepared: Prepared, sample_args: SampleArguments, args: LoopArguments, checkpoint: str | None
+    prepared: Prepared, args: LoopArguments, checkpoint: str | None, sample_args: SampleArguments
 ) -> dict[str, float]:
     """Do one run, from the initial weights to the files that it leaves, and return its metrics."""
     accelerator = make_accelerator(args)
@@ -96,7 +85,6 @@ def pretrain_or_fine_tune(
         return _evaluate(accelerator, args, model, loader)
 
     metrics: dict[str, float] = {}
-    folder = Path(args.output_dir)
     if args.do_train:
         trained = train(
             *(accelerator, args, model, prepared.blocks["train"], prepared.collator),
@@ -112,8 +100,8 @@ def pretrain_or_fine_tune(
     if args.do_eval:
         found = {name: value for name, value in metrics.items() if name == "epoch"} | evaluate()
         if args.do_train and args.eval_on_start and accelerator.is_main_process:
-            before = found["eval_perplexity_at_start"] = first_logged(read_log(folder), "eval_perplexity")
-            print(f"Perplexity: {before:.1f} before training, {found['eval_perplexity']:.2f} after")
+            found["eval_perplexity_at_start"] = first_logged(read_log(Path(args.output_dir)), "eval_perplexity")
+            tell_both_ends(found)
         metrics |= record(args, "eval", found)
     write_sample(accelerator, model, prepared.tokenizer, sample_args, args)
     library = "peft" if prepared.model_args.lora else "transformers"
@@ -128,7 +116,8 @@ def _evaluate(accelerator: Accelerator, args: LoopArguments, model: Any, loader:
     started, scores = time.time(), TokenScores()
     model.eval()
     for batch in loader:
-        rows = score_rows(model(**batch).logits, batch["labels"], shifted=True)
+        labels = batch.pop("labels")
+        rows = score_rows(model(**batch).logits, labels, shifted=True)
         # The rows that only fill up the last batch are cut off.
         scores.add(accelerator.gather_for_metrics(rows))
     count = len(loader.dataset)

@@ -18,26 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import EvalPrediction, set_seed
+from transformers import EvalPrediction
 from transformers.trainer_utils import speed_metrics
 
-from hf_xgrad.recipes.arguments import ModelArguments, RunArguments, ScriptParser
+from hf_xgrad.recipes.arguments import ModelArguments
 from hf_xgrad.recipes.classification.classifier import (
-    check_wanted,
     describe_for_card,
     make_classifier,
     make_collator,
     metrics_function,
-    tokenize,
+    run_classifier,
     write_classes_or_scores,
 )
-from hf_xgrad.recipes.classification.data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData, read_data
+from hf_xgrad.recipes.classification.data import TEST_SPLITS, VALIDATION_SPLITS, DataArguments, GlueData
 from hf_xgrad.recipes.input_errors import run_script
 from hf_xgrad.recipes.loop.arguments import LoopArguments
 from hf_xgrad.recipes.loop.results import make_repository, record, save_model, write_card
 from hf_xgrad.recipes.loop.training import make_accelerator, make_loader, train
-from hf_xgrad.recipes.pretrained import load_config
-from hf_xgrad.recipes.runs import check_run, do_runs, plan_runs, set_up_logging
 
 PROG = "hf-xgrad glue-loop"
 
@@ -51,23 +48,10 @@ class GlueLoopArguments(LoopArguments):
 
 def main(arguments: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run `hf-xgrad glue-loop` and return its exit status. `prog` is what the user called."""
-    return run_script(prog, lambda words: _run(words, prog), arguments)
-
-
-def _run(arguments: list[str], prog: str) -> None:
-    parser = ScriptParser(
-        *(ModelArguments, DataArguments, RunArguments, GlueLoopArguments),
-        prog=prog,
-        description=(__doc__ or "").splitlines()[0],
+    description = (__doc__ or "").splitlines()[0]
+    return run_script(
+        prog, lambda words: run_classifier(prog, description, words, GlueLoopArguments, fine_tune), arguments
     )
-    model_args, data_args, run_args, args = parser.parse(arguments)
-    set_up_logging(args)
-    check_wanted(model_args, args)
-    check_run(run_args, args)
-    runs = plan_runs(parser, arguments, run_args, args, model_args, data_args)
-    config = load_config(model_args)
-    data = read_data(data_args, args, config, {"cache_dir": model_args.cache_dir, "token": model_args.token})
-    do_runs(runs, lambda each, checkpoint: fine_tune(model_args, data_args, each, data, checkpoint))
 
 
 def fine_tune(
@@ -80,14 +64,12 @@ def fine_tune(
     """Do one run, from the initial weights to the files that it leaves, and return its metrics."""
     accelerator = make_accelerator(args)
     make_repository(args, model_args.model_name_or_path)
-    # The new head is drawn from this: two runs with the same seed start from the same weights.
-    set_seed(args.seed)
-    model, tokenizer, numbers = make_classifier(model_args, data)
-    with args.main_process_first():
-        inputs = tokenize(data, tokenizer, data_args, numbers)
+    classifier = make_classifier(model_args, data_args, args, data, checkpoint)
+    model, tokenizer, numbers = classifier.model, classifier.tokenizer, classifier.numbers
     taken = inspect.signature(model.forward).parameters
     inputs = {
-        split: rows.select_columns([n for n in rows.column_names if n in taken]) for split, rows in inputs.items()
+        split: rows.select_columns([n for n in rows.column_names if n in taken])
+        for split, rows in classifier.inputs.items()
     }
     mixed = accelerator.mixed_precision != "no"
     collator = make_collator(tokenizer, on_tensor_cores=mixed and accelerator.device.type == "cuda")

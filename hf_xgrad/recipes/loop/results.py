@@ -4,22 +4,25 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-import transformers
 from accelerate import Accelerator
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi, ModelCard
 from torch import nn
+from transformers import TrainerState
+from transformers.modelcard import TrainingSummary
 
 from hf_xgrad import XGradConfig
-from hf_xgrad.outputs.files import CARD_FILE
+from hf_xgrad.outputs.files import CARD_FILE, STATE_FILE
 from hf_xgrad.outputs.hub import HUB_ERRORS
-from hf_xgrad.outputs.model_card import TrainedModel, complete_card, is_hub_id
+from hf_xgrad.outputs.model_card import TrainedModel, complete_card
+from hf_xgrad.outputs.stock_card import is_hub_id
 from hf_xgrad.recipes.input_errors import as_input_error
 from hf_xgrad.recipes.loop.arguments import LoopArguments, make_optimizer
-from hf_xgrad.recipes.results import format_table, read_json, read_log, write_json
+from hf_xgrad.recipes.results import format_table, read_json, read_log, until_trained, write_json
 
 logger = logging.getLogger(__name__)
+
+# The Trainer does not log the former; the others are another time of the clock whenever a run is finished again.
+_NOT_LOGGED = ("_samples", "_samples_mm", "_at_start", "_runtime", "_per_second")
 
 
 def record(args: LoopArguments, kind: str, metrics: dict[str, float]) -> dict[str, float]:
@@ -29,7 +32,18 @@ def record(args: LoopArguments, kind: str, metrics: dict[str, float]) -> dict[st
         logger.info("%s metrics:\n%s", kind, format_table(("metric", "value"), sorted(metrics.items())))
         write_json(folder / f"{kind}_results.json", metrics)
         write_json(folder / "all_results.json", read_json(folder / "all_results.json") | metrics)
+        if kind == "eval" and args.do_train:
+            _log_last_evaluation(folder / STATE_FILE, metrics)
     return metrics
+
+
+def _log_last_evaluation(path: Path, metrics: dict[str, float]) -> None:
+    """Add it to the log of the run, as the Trainer does."""
+    state = TrainerState.load_from_json(str(path))
+    logged = {name: value for name, value in metrics.items() if not name.endswith(_NOT_LOGGED)}
+    entry = {**logged, "epoch": state.epoch, "step": state.global_step}
+    state.log_history = [*until_trained(state.log_history), entry]
+    state.save_to_json(str(path))
 
 
 def save_model(accelerator: Accelerator, args: LoopArguments, model: Any, tokenizer: Any) -> None:
@@ -53,12 +67,27 @@ def make_repository(args: LoopArguments, base_model: str | None) -> None:
 
 
 def write_card(args: LoopArguments, model: Any, tokenizer: Any, base_model: str | None, card: dict[str, Any]) -> None:
-    """Write the card of a trained model."""
+    """Write the card of a trained model: that of Transformers, completed as a Trainer's."""
     if args.process_index != 0 or not args.do_train:
         return
     folder = Path(args.output_dir)
     name = folder.absolute().name
-    (folder / CARD_FILE).write_text(_plain_card(args, name, base_model, card), encoding="utf-8")
+    results = read_json(folder / "eval_results.json")
+    scores = {metric: value for metric, value in results.items() if not metric.endswith(("epoch", *_NOT_LOGGED))}
+    settings = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "optim",
+                "lr_scheduler_type", "num_train_epochs", "max_steps")  # fmt: skip
+    summary = TrainingSummary(
+        model_name=name,
+        tags=card["tags"],
+        finetuned_from=base_model if is_hub_id(base_model) else None,
+        eval_results={_title(metric): value for metric, value in scores.items()} or None,
+        hyperparameters={setting: getattr(args, setting) for setting in settings},
+        source="a loop under Accelerate",
+        **{key: card.get(key) for key in ("language", "tasks", "dataset", "dataset_tags", "dataset_args")},
+    )
+    written = ModelCard(summary.to_model_card())
+    written.data["library_name"] = card.get("library_name", "transformers")
+    written.save(folder / CARD_FILE)
     trained = TrainedModel(
         config=XGradConfig.from_args(args),
         model=model,
@@ -72,36 +101,6 @@ def write_card(args: LoopArguments, model: Any, tokenizer: Any, base_model: str 
     complete_card(folder, trained)
 
 
-def _plain_card(args: LoopArguments, name: str, base_model: str | None, card: dict[str, Any]) -> str:
-    """Return a card like the Trainer's. A folder of this machine says nothing to others: it names the Hub's models."""
-    base = base_model if is_hub_id(base_model) else None
-    data = ModelCardData(
-        base_model=base,
-        datasets=card.get("dataset_tags"),
-        language=card.get("language"),
-        library_name=card.get("library_name", "transformers"),
-        tags=card["tags"] or None,
-    )
-    start = "Trained" if base_model is None else "A fine-tuned version of a model that is not on the Hub, trained"
-    if base is not None:
-        start = f"A fine-tuned version of [{base}](https://huggingface.co/{base}), trained"
-    names = ("seed", "optim", "learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps",
-             "per_device_train_batch_size", "gradient_accumulation_steps")  # fmt: skip
-    results = read_json(Path(args.output_dir) / "all_results.json")
-    scores = {name: value for name, value in sorted(results.items()) if not name.endswith(("_runtime", "_per_second"))}
-    versions = {
-        "Transformers": transformers.__version__,
-        "Pytorch": torch.__version__,
-        "Datasets": datasets.__version__,
-    }
-    lines = [
-        *("---", data.to_yaml(), "---", "", f"# {name}", ""),
-        f"{start} on {card['dataset']}, in a loop under Accelerate.",
-        *("", "| metric | value |", "| --- | ---: |"),
-        *(f"| {name} | {value:.6g} |" for name, value in scores.items()),
-        *("", "## Training procedure", "", "| setting | value |", "| --- | --- |"),
-        *(f"| {name} | {getattr(args, name)} |" for name in names),
-        *("", "### Framework versions", ""),
-        *(f"- {library} {version}" for library, version in versions.items()),
-    ]
-    return "\n".join(lines) + "\n"
+def _title(metric: str) -> str:
+    """Return a metric's name as Transformers has it in cards: Matthews Correlation."""
+    return metric.removeprefix("eval_").replace("_", " ").title()

@@ -17,8 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_ba
 from accelerate.utils import DataLoaderConfiguration, DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import TrainerState, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, set_seed
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_utils import rotate_checkpoints, speed_metrics
 
@@ -161,14 +160,14 @@ def train(
 
                 done += len(window)
                 state.global_step, state.epoch = step, epoch + done / len(loader)
-                log.progress.update()
+                log.tell("on_step_end")
                 if logs:
                     log.write_step(loss_of_steps, grad_norm, learning_rate, predictor.diagnostics())
                 last_of_steps = step == max_steps
                 if _is_due(args.eval_strategy, state.eval_steps, step, ends, also=last_of_steps):
                     log.write(evaluate())
                 if _is_due(args.save_strategy, state.save_steps, step, ends, also=last_of_steps):
-                    _save_checkpoint(accelerator, args, state)
+                    _save_checkpoint(accelerator, args, state, model)
                 if step == max_steps:
                     break
     finally:
@@ -202,7 +201,7 @@ def _is_due(strategy: Strategy, every: float, step: int, ends_epoch: bool, *, al
     return strategy == "epoch" and ends_epoch
 
 
-def _save_checkpoint(accelerator: Accelerator, args: LoopArguments, state: TrainerState) -> None:
+def _save_checkpoint(accelerator: Accelerator, args: LoopArguments, state: TrainerState, model: Any) -> None:
     folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
     with writing(str(folder), args.output_dir):
         if accelerator.is_main_process:
@@ -211,6 +210,8 @@ def _save_checkpoint(accelerator: Accelerator, args: LoopArguments, state: Train
         accelerator.save_state(str(folder))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            # It has the classes that the model was trained for.
+            accelerator.unwrap_model(model).config.save_pretrained(str(folder))
             # This comes last: a checkpoint without its state was cut off.
             state.save_to_json(str(folder / STATE_FILE))
     if accelerator.is_main_process:
@@ -218,7 +219,7 @@ def _save_checkpoint(accelerator: Accelerator, args: LoopArguments, state: Train
 
 
 class _Log:
-    """What a run tells while it trains: in the state's log_history, to the trackers, and by a progress bar."""
+    """What a run tells while it trains: in the state's log_history, to trackers, and by the Trainer's callbacks."""
 
     def __init__(self, accelerator: Accelerator, args: LoopArguments, state: TrainerState) -> None:
         self.accelerator, self.args, self.state = accelerator, args, state
@@ -227,16 +228,21 @@ class _Log:
         settings = {name: value for name, value in vars(args).items() if isinstance(value, (bool, int, float, str))}
         settings.pop("hub_token", None)
         accelerator.init_trackers(args.project, config=settings)
-        hidden = args.disable_tqdm or not accelerator.is_main_process
-        self.progress = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden)
+        state.is_world_process_zero = accelerator.is_main_process
+        state.is_local_process_zero = accelerator.is_local_main_process
+        self.shown = PrinterCallback() if args.disable_tqdm else ProgressCallback()
+        self.tell("on_train_begin")
 
     def write(self, values: dict[str, float]) -> None:
         """Log values; they get the epoch, too."""
         values["epoch"] = self.state.epoch or 0
         self.state.log_history.append({**values, "step": self.state.global_step})
         self.accelerator.log(rewrite_logs(values), step=self.state.global_step)
-        if not any(name.startswith(("eval_", "train_")) for name in values):
-            self.progress.set_postfix(loss=f"{values['loss']:.4f}")
+        self.tell("on_log", logs=dict(values))
+
+    def tell(self, event: str, **what: Any) -> None:
+        """Show that something has come about, by its name among the Trainer's callbacks."""
+        getattr(self.shown, event)(self.args, self.state, TrainerControl(), **what)
 
     def write_step(self, losses: Tensor, grad_norm: Any, learning_rate: float, diagnostics: dict[str, float]) -> None:
         """Log the mean of the losses since the last time, and set them to zero."""
@@ -263,7 +269,7 @@ class _Log:
         metrics = speed_metrics("train", self.started, num_samples=seen, num_steps=steps)
         metrics["train_loss"] = (self.total_loss + self._mean_over_processes(losses)) / steps
         self.write(metrics)
-        self.progress.close()
+        self.tell("on_train_end")
         for tracker in self.accelerator.trackers:
             tracker.finish()
         resumed = {RESUMED: self.first_step} if self.first_step else {}

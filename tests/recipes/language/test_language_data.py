@@ -134,6 +134,15 @@ def test_texts_without_tokens_make_no_rows(masked: PreTrainedTokenizerFast, by_l
     assert cutter({"text": [""] if not by_line else [" ", "\n"]}) == {"input_ids": [], "word_ids": []}
 
 
+def test_rows_without_room_for_a_token_to_predict(
+    masked: PreTrainedTokenizerFast, causal: PreTrainedTokenizerFast
+) -> None:
+    for tokenizer, kind, least in ((masked, True, 3), (causal, False, 2)):
+        BlockCutter(tokenizer, "text", least, masked=kind)
+        with pytest.raises(InputError, match=f"rows of {least - 1} tokens, as the model takes them, have none"):
+            BlockCutter(tokenizer, "text", least - 1, masked=kind)
+
+
 def test_whole_words_of_a_tokenizer_that_does_not_tell_them(tmp_path: Path) -> None:
     class Slow(BertTokenizer):
         is_fast = False

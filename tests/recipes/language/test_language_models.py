@@ -312,6 +312,8 @@ def small_bert(**settings: Any) -> BertConfig:
 def test_a_causal_model_does_not_look_ahead() -> None:
     for config in (
         GPT2Config(n_embd=8, n_layer=1, n_head=1),
+        # Fewer tokens than it is tried on.
+        GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=3),
         small_bert(is_decoder=True),
         XLNetConfig(d_model=8, n_layer=1, n_head=1, d_inner=8),
         small_bert(),

@@ -35,8 +35,9 @@ from hf_xgrad.recipes.language import clm as run_clm
 from hf_xgrad.recipes.language import mlm as run_mlm
 from hf_xgrad.recipes.language import modeling as language_modeling
 from hf_xgrad.recipes.language.batches import CausalCollator, MaskingCollator
+from hf_xgrad.recipes.language.clm import sample_text
 from hf_xgrad.recipes.language.data import BlockCutter
-from hf_xgrad.recipes.language.modeling import LanguageModelTrainer, parse_flags, sample_text
+from hf_xgrad.recipes.language.modeling import LanguageModelTrainer, parse_flags
 from hf_xgrad.recipes.language.models import LanguageModelArguments
 from hf_xgrad.recipes.language.tokenizer import train_tokenizer
 from run_files import with_hub
@@ -45,7 +46,7 @@ from tiny_models import gpt2
 WORDS = ("Alan", "saw", "the", "unbelievable", "thing", "and", "did", "not", "say", "what", "it", "was", "when", ".")
 QUIET = ("--disable_tqdm", "true", "--use_cpu", "--dataloader_pin_memory", "false", "--report_to", "none")
 SHORT = ("--max_steps", "3", "--save_strategy", "no", "--per_device_train_batch_size", "4")
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,8 @@ def _logs_are_seen(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
 
-def run(script: Script, *flags: str) -> None:
-    assert script.module.main([*flags, *QUIET]) == 0
+def run(script: Script, *flags: str, status: int = 0) -> None:
+    assert script.module.main([*flags, *QUIET]) == status
 
 
 def results(folder: Path, kind: str = "eval") -> dict[str, Any]:
@@ -227,7 +228,7 @@ def test_the_card_and_the_tokenizer(pretrained: Path, script: Script) -> None:
     header = card.split("---")[1]
     assert f"- {script.task}\n" in header
     assert "- xgrad\n" in header
-    assert "trained from scratch on the train.txt, validation.txt dataset" in card
+    assert "trained from scratch on the train.txt dataset" in card
     assert "[](" not in card
     tokenizer = AutoTokenizer.from_pretrained(pretrained)
     text = "".join(TRAIN)
@@ -472,8 +473,7 @@ def stop_at(step: int) -> Callable[..., Tensor]:
 def stop_and_resume(script: Script, out: Path, flags: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(XGradTrainer, "training_step", stop_at(5))
-        with pytest.raises(KeyboardInterrupt):
-            run(script, *flags, "--output_dir", str(out))
+        run(script, *flags, "--output_dir", str(out), status=130)
     run(script, *flags, "--output_dir", str(out))
     train = results(out, "train")
     assert train["train_resumed_at_step"] == 4
@@ -565,6 +565,31 @@ def test_streaming(tmp_path: Path, script: Script, data: tuple[str, ...], pretra
     expected = results(pretrained)
     for name in ("loss", "accuracy", "tokens"):
         assert only_evaluated[f"eval_{name}"] == pytest.approx(expected[f"eval_{name}"], rel=1e-6)
+
+
+def test_a_stream_goes_on_in_the_pass_that_it_was_in(
+    tmp_path: Path, script: Script, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer than 14 batches a pass, in another order in each."""
+    common = (*script.flags, *data[:2], "--streaming", "--shuffle_buffer_size", "8", "--do_train", "--max_steps", "20",
+              "--per_device_train_batch_size", "8", "--save_strategy", "steps", "--save_steps", "14",
+              "--logging_steps", "1")  # fmt: skip
+    run(script, *common, "--output_dir", str(tmp_path / "whole"))
+    passes = history(tmp_path / "whole", "epoch")
+    assert passes[13] > 1
+    with monkeypatch.context() as patch:
+        patch.setattr(XGradTrainer, "training_step", stop_at(17))
+        run(script, *common, "--output_dir", str(tmp_path / "parts"), status=130)
+    run(script, *common, "--output_dir", str(tmp_path / "parts"))
+    assert results(tmp_path / "parts", "train")["train_resumed_at_step"] == 14
+    assert history(tmp_path / "parts", "loss") == history(tmp_path / "whole", "loss")
+    assert same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_models_with_hardly_any_positions(tmp_path: Path, script: Script, data: tuple[str, ...]) -> None:
+    sizes = ("--config_overrides", script.new[-1].replace("=24", "=4"), "--new_tokenizer_size", "290")
+    run(script, *script.new[:2], *sizes, *data, *SHORT, "--do_train", "--do_eval", "--output_dir", str(tmp_path))
+    assert math.isfinite(results(tmp_path)["eval_loss"])
 
 
 def test_streaming_in_worker_processes(tmp_path: Path, data: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import accelerate.tracking
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny_models
 from hf_xgrad import WeightPredictor, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.outputs.model_card import TAGS
+from hf_xgrad.outputs.stock_card import TAGS
 from hf_xgrad.recipes.arguments import ScriptParser
 from hf_xgrad.recipes.classification import glue as run_glue
 from hf_xgrad.recipes.corpora.acceptability import make_config, make_rows, make_tokenizer, write_rows
@@ -67,8 +67,8 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Any:
     return config
 
 
-def run(*flags: str, script: Any = run_glue_no_trainer) -> None:
-    assert script.main([*flags, *QUIET]) == 0
+def run(*flags: str, status: int = 0, script: Any = run_glue_no_trainer) -> None:
+    assert script.main([*flags, *QUIET]) == status
 
 
 # The Trainer's twin
@@ -220,8 +220,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
     parts = tmp_path / "parts"
     with monkeypatch.context() as patch:
         patch.setattr(WeightPredictor, "predicted", stop_at(10 + 4 + 4 + 2))
-        with pytest.raises(KeyboardInterrupt):
-            run(*common, "--output_dir", str(parts))
+        run(*common, "--output_dir", str(parts), status=130)
     last = 5 // save_steps * save_steps
     kept = sorted(path.name for path in parts.glob("checkpoint-*"))
     assert kept == [f"checkpoint-{step}" for step in range(save_steps, 6, save_steps)]
@@ -231,8 +230,8 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
     assert f"Resuming from {parts / f'checkpoint-{last}'} (step {last} of 8)" in caplog.text
     assert same_weights(parts, tmp_path / "whole")
     whole, resumed = history(tmp_path / "whole"), history(parts)
-    assert resumed[:-1] == whole[:-1]
-    assert resumed[-1]["train_loss"] != whole[-1]["train_loss"]  # that of the last part
+    assert resumed[:-2] == whole[:-2]
+    assert resumed[-2]["train_loss"] != whole[-2]["train_loss"]  # that of the last part
     assert read(parts / "train_results.json")["train_resumed_at_step"] == last
     evaluated = [untimed(read(folder / "eval_results.json")) for folder in (parts, tmp_path / "whole")]
     assert evaluated[0] == evaluated[1]
@@ -354,21 +353,29 @@ def test_a_hub_that_refuses_is_one_line_before_any_training(
 def test_the_card(tmp_path: Path, base: str | None, named: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    (tmp_path / "all_results.json").write_text('{"eval_accuracy": 0.75}')
+    (tmp_path / "eval_results.json").write_text('{"eval_accuracy": 0.75, "eval_runtime": 2.0, "epoch": 3.0}')
     write_json(tmp_path / "trainer_state.json", {"log_history": [{"step": 1, "loss": 0.5, "xgrad/cosine": 0.25}]})
     args = LoopArguments(output_dir=str(tmp_path), do_train=True, xgrad_steps=2.0)
     card = {"tasks": "text-classification", "tags": ["xgrad"], "dataset": "GLUE MRPC", "dataset_tags": "nyu-mll/glue"}
-    loop_results.write_card(args, tiny_models.bert(), None, base, card)
+    model = tiny_models.bert()
+    model.config._name_or_path = base or ""
+    loop_results.write_card(args, model, None, base, card)
     written = ModelCard.load(tmp_path / "README.md")
     assert written.data.base_model == named
     assert written.data.pipeline_tag == "text-classification"
     assert written.data.library_name == "transformers"
-    assert (written.data.datasets, written.data.tags) == ("nyu-mll/glue", [*TAGS])
+    assert (written.data.datasets, written.data.tags) == (["nyu-mll/glue"], [*TAGS])
+    (result,) = written.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_type) == ("accuracy", 0.75, "nyu-mll/glue")
     assert written.data.license is None
-    for line in ("| eval_accuracy | 0.75 |", "| steps predicted ahead, s | 2 |", "| rule | closed form of AdamW |"):
+    for line in ("- Accuracy: 0.75", "- learning_rate: 5e-05", "ahead, s | 2 |", "closed form of AdamW |"):
         assert line in written.text
-    assert "rained on GLUE MRPC, in a loop under Accelerate." in written.text
-    assert written.text.count("fine-tuned version of [team/model]") == (named is not None)
+    origin = {
+        "team/model": "is a fine-tuned version of [team/model](https://huggingface.co/team/model)",
+        "here": "was fine-tuned from a model that is not on the Hub,",
+        None: "was trained from scratch",
+    }[base]
+    assert f"This model {origin} on the GLUE MRPC dataset." in written.text
     assert "here](" not in written.text
     assert f'BertForSequenceClassification.from_pretrained("{tmp_path.name}")' in written.text
 
@@ -491,10 +498,12 @@ def test_mixed_precision_on_a_gpu_as_under_the_trainer(tmp_path: Path, files: tu
         assert our["learning_rate"] == their["learning_rate"]
 
 
-def launch(script: Path, *flags: str) -> None:
-    paths = {"PYTHONPATH": str(script.parents[1]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def launch(script: ModuleType, *flags: str) -> None:
+    paths = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    done = subprocess.run([*launcher, str(script), *flags, *QUIET], env=os.environ | paths, capture_output=True)
+    done = subprocess.run(
+        [*launcher, "-m", script.__name__, *flags, *QUIET], env=os.environ | paths, capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()
 
 
@@ -504,11 +513,11 @@ def test_two_processes_are_those_of_the_trainer_and_resume(tmp_path: Path, files
               "--xgrad_rule", "last_update", "--xgrad_steps", "1", "--max_steps", "8", "--save_steps", "4",
               "--do_predict", "--test_file", files[-1], "--eval_strategy", "steps", "--eval_steps", "3")  # fmt: skip
     for name, module in (("trainer", run_glue), ("loop", run_glue_no_trainer)):
-        launch(Path(module.__file__), *common, "--output_dir", str(tmp_path / name))
+        launch(module, *common, "--output_dir", str(tmp_path / name))
     checkpoint = ("--resume_from_checkpoint", str(tmp_path / "loop" / "checkpoint-4"))
-    launch(Path(run_glue_no_trainer.__file__), *common, *checkpoint, "--output_dir", str(tmp_path / "resumed"))
+    launch(run_glue_no_trainer, *common, *checkpoint, "--output_dir", str(tmp_path / "resumed"))
     assert history(tmp_path / "loop") == history(tmp_path / "trainer")
-    assert history(tmp_path / "resumed")[:-1] == history(tmp_path / "loop")[:-1]
+    assert history(tmp_path / "resumed")[:-2] == history(tmp_path / "loop")[:-2]
     for name in ("trainer", "resumed"):
         assert same_weights(tmp_path / "loop", tmp_path / name)
         kinds = ("predict_results.tsv", "config.json")

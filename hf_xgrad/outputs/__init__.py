@@ -1,0 +1,1 @@
+"""What runs leave behind: checkpoints, logs, cards, pictures; and pushing them to the Hub."""
