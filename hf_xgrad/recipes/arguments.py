@@ -32,7 +32,7 @@ HABITS = {
     "torch_dtype": "dtype",
     "use_auth_token": "token",
     "checkpointing_steps": "give --save_strategy steps and --save_steps N, or --save_strategy epoch",
-    "do_regression": "labels that all are numbers make a regression, others a classification",
+    "do_regression": "give --problem_type regression",
     "group_by_length": "give --train_sampling_strategy group_by_length",
     "logging_dir": "set the variable TENSORBOARD_LOGGING_DIR",
     "remove_columns": "only the columns of texts and labels are read",
