@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_xgrad import optim as optim
+    from hf_xgrad.closed_forms import register_rule
     from hf_xgrad.core.config import XGradConfig
-    from hf_xgrad.core.rules import register_rule
     from hf_xgrad.predictor import WeightPredictor
     from hf_xgrad.trainer import (
         XGradMixin,
@@ -31,7 +31,7 @@ __all__ = [
     "register_rule",
 ]
 
-_MODULES = {"WeightPredictor": "predictor", "XGradConfig": "core.config", "register_rule": "core.rules"}
+_MODULES = {"WeightPredictor": "predictor", "XGradConfig": "core.config", "register_rule": "closed_forms"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,9 @@ def environment(folder: Path) -> Path:
 
 
 def run(folder: Path, *words: str | Path) -> str:
-    done = subprocess.run(list(map(str, words)), cwd=folder, capture_output=True, text=True, check=False)
+    # A path to look for packages in would hide what is installed.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, words)), cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

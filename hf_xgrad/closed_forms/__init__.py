@@ -19,3 +19,6 @@ from hf_xgrad.closed_forms import (  # noqa: F401
     pytorch_optimizer,
     torch_optim,
 )
+
+# From here, so that a rule of the user's own is registered after ours.
+from hf_xgrad.core.rules import register_rule as register_rule

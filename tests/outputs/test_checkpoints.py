@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -70,8 +71,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name.startswith("hf_xgrad")]
+def ours(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:
+    records = [record for record in caplog.records if record.levelno >= level]
+    return [record.getMessage() for record in records if record.name.startswith("hf_xgrad")]
 
 
 # ---- what is whole ----
@@ -899,7 +901,7 @@ def test_scripts_go_on_from_the_last_whole_one(
     assert fault(str(out / "checkpoint-4")) is None
     cut("model.safetensors")(out / "checkpoint-4")
     assert SCRIPTS[kind].main([*flags]) == 0
-    [warning] = ours(caplog)
+    [warning] = ours(caplog, logging.WARNING)
     assert "checkpoint-4 is skipped" in warning
     assert contents(out / "checkpoint-4")["model.safetensors"] == end
     assert json.loads((out / "train_results.json").read_text())[RESUMED] == 2

@@ -44,7 +44,7 @@ from transformers.utils import logging
 
 import tiny_models as tiny
 from hf_xgrad import WeightPredictor, XGradConfig, XGradTrainer, XGradTrainingArguments
-from hf_xgrad.__main__ import grouped
+from hf_xgrad.cli import grouped
 from hf_xgrad.core.rules import form_of_group
 from hf_xgrad.trainer.arguments import EXTRA_OPTIMIZERS
 from hf_xgrad.trainer.optimizers import extra_optimizer

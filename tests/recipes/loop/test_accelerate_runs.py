@@ -417,7 +417,9 @@ def test_trackers_get_settings_and_log(
     assert (name, folder) == ("ours", tmp_path / "runs")
     assert settings["learning_rate"] == 1e-2
     assert "secret" not in str(settings)
-    entries = read(tmp_path / "trainer_state.json")["log_history"]
+    # The last evaluation comes after the training, which has ended what trackers get.
+    *entries, evaluated = read(tmp_path / "trainer_state.json")["log_history"]
+    assert "eval_loss" in evaluated
     assert [step for step, _ in logged] == [entry["step"] for entry in entries] == [1, 2, 2]
     assert [values.get("train/loss") for _, values in logged] == [entry.get("loss") for entry in entries]
     assert last == "finished"
