@@ -28,7 +28,7 @@ $(DEEPSPEED): $(OPTIMIZERS)
 	touch $(DEEPSPEED)
 
 demo: $(INSTALLED)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/hf-xgrad demo
 
 test: lint $(OPTIMIZERS)
 	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist worksteal
