@@ -14,7 +14,8 @@ INCOMPLETE_FILE = "checkpoint-is-incomplete.txt"
 
 # All of them, in an output folder: those above, weights, configuration, tokenizer, results and logs.
 _LEFT_BY_RUNS = re.compile(
-    r"checkpoint-\d+|trainer_state\.json|xgrad_settings\.json|README\.md|training_curves\.png|training_args\.bin|"
+    "|".join(map(re.escape, (STATE_FILE, SETTINGS_FILE, CARD_FILE, PICTURE_FILE)))
+    + r"|checkpoint-\d+|training_args\.bin|"
     r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|"
     r"(adapter_|generation_|tokenizer_)?config\.json|tokenizer\.json|special_tokens_map\.json|added_tokens\.json|"
     r"chat_template\.jinja|(train|eval|predict|all)_results\.json|predict_results[^/]*\.tsv|comparison\.json|"
