@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_xgrad import __version__
+from hf_xgrad.recipes import RECIPES
 from hf_xgrad.recipes.input_errors import InputError, describe_choices, run_script
 from hf_xgrad.recipes.results import text_table
 
@@ -194,17 +195,6 @@ def push(arguments: argparse.Namespace) -> None:
 
 
 # ---- the command line ----
-
-# Each has its own flags and its own --help; the text says what it does.
-RECIPES = {
-    "glue": ("classification.glue", "Fine-tune on a GLUE task, or on other texts with labels."),
-    "clm": ("language.clm", "Fine-tune a causal language model, or pretrain a new one."),
-    "mlm": ("language.mlm", "Fine-tune a masked language model, or pretrain a new one."),
-    "glue-loop": ("loop.glue", "As glue, in a loop without the Trainer."),
-    "clm-loop": ("loop.clm", "As clm, in a loop without the Trainer."),
-    "sweep": ("sweep", "Run one of them for several s, learning rates and seeds, and compare."),
-    "demo": ("demo", "Train a small model with XGrad and without, and show both side by side."),
-}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 from hf_xgrad import XGradConfig
 from hf_xgrad.core.config import AUTO_STEPS
 from hf_xgrad.outputs.plots import STYLES, new_figure
+from hf_xgrad.recipes import RECIPES
 from hf_xgrad.recipes.arguments import read_config_file, split_config
 from hf_xgrad.recipes.input_errors import InputError, describe_choices, run_script
 from hf_xgrad.recipes.results import format_table, read_json, steps_text, write_json
 
 PROG = "hf-xgrad sweep"
-RECIPES = {"clm": "language.clm", "mlm": "language.mlm", "glue": "classification.glue"}
+SWEEPABLE = ("clm", "mlm", "glue")
 # The files in scripts/ that are these recipes, for those who know them by those names.
-SCRIPTS = {f"run_{name}.py": name for name in RECIPES}
+SCRIPTS = {f"run_{name}.py": name for name in SWEEPABLE}
 # Flags that the sweep itself sets for each run, or that would undo them.
 SWEPT = ("seed", "learning_rate", "xgrad", "no_xgrad", "xgrad_steps", "output_dir", "baseline")
 
@@ -49,8 +50,8 @@ Values = Mapping[Point, float]
 
 def _recipe(text: str) -> str:
     name = SCRIPTS.get(text, text)
-    if name not in RECIPES:
-        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(RECIPES)}")
+    if name not in SWEEPABLE:
+        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(SWEEPABLE)}")
     return name
 
 
@@ -86,7 +87,7 @@ def _run(arguments: list[str], prog: str) -> None:
     _check_flags(flags)
     folder: Path = known.output_dir
     _check_sweep(folder, {"recipe": known.recipe, "flags": flags})
-    recipe = importlib.import_module(f"hf_xgrad.recipes.{RECIPES[known.recipe]}")
+    recipe = importlib.import_module(f"hf_xgrad.recipes.{RECIPES[known.recipe][0]}")
     values = {}
     for number, point in enumerate(points, start=1):
         print(f"Run {number} of {len(points)}: {point}", flush=True)
