@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: which of them are whole, XGrad's own file in them, and errors of writing them."""
+"""Checkpoints on the disk: which of them are whole, and errors of writing them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from hf_xgrad.outputs.files import INCOMPLETE_FILE, STATE_FILE, CheckpointError
-
-if TYPE_CHECKING:
-    from hf_xgrad.predictor import WeightPredictor
+from hf_xgrad.outputs.predictor_state import STATE_NAMES
 
 logger = logging.get_logger(__name__)
 
@@ -41,12 +38,6 @@ _NO_WEIGHTS = re.compile(
     r"|.*\.(json|jsonl|txt|md|jinja|model|log)$|latest$|zero_to_fp32\.py$"
 )
 _ZIP = b"PK\x03\x04"
-
-_XGRAD_STATE = "xgrad"
-_XGRAD_STATE_FILE = re.compile(rf"{_XGRAD_STATE}(-\d{{5}}-of-\d{{5}})?\.safetensors")
-_STEPS_PREFIX = "steps."
-_METADATA = {"holds", "lrs"}
-_STILL = "still"
 
 # What a disk answers without naming a file.
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
@@ -211,7 +202,7 @@ def _faults(checkpoint: Path, own: bool, marked: bool = False) -> Iterator[str]:
     ]
     for path in [*entries, *(inner for folder in folders for inner in sorted(folder.rglob("*")))]:
         name = path.relative_to(checkpoint).as_posix()
-        is_own = _XGRAD_STATE_FILE.fullmatch(name) is not None
+        is_own = STATE_NAMES.fullmatch(name) is not None
         if _READ_AGAIN.fullmatch(name) or (own and is_own):
             try:
                 reason = _fault_of_file(path)
@@ -335,83 +326,3 @@ def begin_writing(checkpoint: str) -> None:
     """Marks what may be there already as not whole, until its state is written anew, which comes last."""
     for name in (STATE_FILE, INCOMPLETE_FILE):
         Path(checkpoint, name).unlink(missing_ok=True)
-
-
-# ---- XGrad's own file ----
-
-
-def state_name(process: Sequence[int] | None) -> str:
-    """Name of a predictor's file in a checkpoint; of sharded weights each process `(rank, processes)` has one."""
-    part = "" if process is None else f"-{process[0] + 1:05d}-of-{process[1]:05d}"
-    return f"{_XGRAD_STATE}{part}.safetensors"
-
-
-def state_names(checkpoint: str) -> list[str]:
-    """Names of all such files in a checkpoint."""
-    names = os.listdir(checkpoint) if os.path.isdir(checkpoint) else []
-    return sorted(filter(_XGRAD_STATE_FILE.fullmatch, names))
-
-
-def write_state(state: Mapping[str, Any], checkpoint: str) -> None:
-    """Writes what a predictor's `state_dict` gave, all of it or nothing."""
-    tensors = {name: weight.contiguous() for name, weight in state.get("weights", {}).items()}
-    tensors |= {f"{_STEPS_PREFIX}{name}": tensor for name, tensor in state.get("steps", {}).items()}
-    metadata = None
-    if "holds" in state:
-        metadata = {"holds": state["holds"], "lrs": json.dumps(state["lrs"]), _STILL: json.dumps(state[_STILL])}
-    path = Path(checkpoint, state_name(state.get("process")))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Whatever has the name is replaced, even a link, which is not followed.
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.unlink(missing_ok=True)
-    save_file(tensors, unfinished, metadata)
-    unfinished.replace(path)
-
-
-def load_state(predictor: WeightPredictor, checkpoint: str) -> set[str]:
-    """Gives a predictor what a checkpoint has for it, and returns which keys of its `state_dict` those were.
-
-    Raises:
-        ValueError: the file cannot be used; nothing was loaded.
-    """
-    process = predictor.process
-    path = Path(checkpoint, state_name(process))
-    if not os.path.lexists(path):
-        return set()
-    try:
-        _check_place(path)
-        state = _read_state(path) | ({"process": process} if process else {})
-        predictor.load_state_dict(state)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"XGrad: {path} cannot be used ({' '.join(str(error).split())}). Resume from another checkpoint, or "
-            "remove the file: the prediction then starts anew."
-        ) from error
-    return set(state)
-
-
-def _check_place(path: Path) -> None:
-    """Refuses what is no file, or a link out of the checkpoint; those of the Hub's cache lead to its blobs."""
-    real, folder = path.resolve(), path.parent.resolve()
-    places = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
-    if not any(real.is_relative_to(place) for place in places):
-        raise ValueError(f"it is a link out of the checkpoint, to {real}")
-    if not real.is_file():
-        raise ValueError("it is not a file")
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """The state of a predictor, as `write_state` wrote it; what is in it is for the predictor to judge."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    steps = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_STEPS_PREFIX)}
-    state: dict[str, Any] = {}
-    if tensors or metadata:
-        if set(metadata) - {_STILL} != _METADATA:
-            raise ValueError(f"its metadata are {sorted(metadata)}, not {sorted({*_METADATA, _STILL})}")
-        state |= {"holds": metadata["holds"], "lrs": json.loads(metadata["lrs"]), "weights": tensors}
-        state[_STILL] = json.loads(metadata.get(_STILL, "[]"))
-    if steps:
-        state["steps"] = {name.removeprefix(_STEPS_PREFIX): tensor for name, tensor in steps.items()}
-    return state

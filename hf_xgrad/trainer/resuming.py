@@ -20,14 +20,11 @@ from hf_xgrad.outputs.checkpoints import (
     begin_writing,
     checkpoint_to_resume,
     holds_mark_only,
-    load_state,
     missing_optimizer,
-    state_name,
-    state_names,
-    write_state,
     writing,
 )
 from hf_xgrad.outputs.files import INCOMPLETE_FILE
+from hf_xgrad.outputs.predictor_state import load_state, state_name, state_names, write_state
 from hf_xgrad.predictor import WeightPredictor
 
 # To a type checker the mixin is a Trainer; at run time it is mixed into one.

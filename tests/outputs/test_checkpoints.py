@@ -26,7 +26,9 @@ from transformers import Trainer, TrainerCallback
 import hf_xgrad.outputs.checkpoints as checkpoints
 import tiny_models as tiny
 from hf_xgrad import XGradMixin, XGradTrainer, XGradTrainingArguments
+from hf_xgrad.outputs import predictor_state
 from hf_xgrad.outputs.checkpoints import CheckpointError, fault, last_checkpoint
+from hf_xgrad.outputs.predictor_state import write_state
 from hf_xgrad.recipes.language import clm as run_clm
 from hf_xgrad.recipes.loop import clm as run_clm_no_trainer
 from hf_xgrad.recipes.results import RESUMED
@@ -562,7 +564,7 @@ def dying_at(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             return stop
 
         patch.setattr(torch, "save", save(torch.save))
-        patch.setattr(checkpoints, "save_file", save(checkpoints.save_file))
+        patch.setattr(predictor_state, "save_file", save(predictor_state.save_file))
         yield
 
 
@@ -612,7 +614,7 @@ def test_our_file_is_replaced_and_no_link_is_followed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Older safetensors write into what is there.
-    monkeypatch.setattr(checkpoints, "save_file", lambda tensors, path, metadata: path.write_bytes(save(tensors)))
+    monkeypatch.setattr(predictor_state, "save_file", lambda tensors, path, metadata: path.write_bytes(save(tensors)))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text("mine")
     for name in (FILE, "xgrad.unfinished"):
@@ -632,9 +634,9 @@ def test_our_file_is_written_as_a_whole(run: Path, monkeypatch: pytest.MonkeyPat
         path.write_bytes(before[:100])
         raise KilledError
 
-    monkeypatch.setattr(checkpoints, "save_file", half)
+    monkeypatch.setattr(predictor_state, "save_file", half)
     with pytest.raises(KilledError):
-        checkpoints.write_state({"steps": {"0.sums": torch.ones(3)}}, str(run / LAST))
+        write_state({"steps": {"0.sums": torch.ones(3)}}, str(run / LAST))
     assert (run / LAST / FILE).read_bytes() == before
 
 

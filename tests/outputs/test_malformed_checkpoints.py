@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hf_xgrad import WeightPredictor, XGradConfig
-from hf_xgrad.outputs.checkpoints import load_state, write_state
+from hf_xgrad.outputs.predictor_state import load_state, write_state
 from inside import kept_weights, remembered
 
 FILE = "xgrad.safetensors"
